@@ -1,0 +1,86 @@
+"""What a process must know of its siblings under torchrun or accelerate launch.
+
+Thin on purpose: starting the process group is accelerate's work. Everything here also holds with
+one process and without accelerate, and importing this module does not import torch.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from types import ModuleType
+
+
+def rank() -> int:
+    """Number of this process among all of the run, from 0."""
+    group = _group()
+    return group.get_rank() if group else _launched("RANK", 0)
+
+
+def local_rank() -> int:
+    """Number of this process on its machine, from 0: also the index of its GPU."""
+    return _launched("LOCAL_RANK", 0)
+
+
+def world_size() -> int:
+    """How many processes take part in the run, 1 without a launcher."""
+    group = _group()
+    return group.get_world_size() if group else _launched("WORLD_SIZE", 1)
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes, prints and logs."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait until every process has come here; returns at once in a run of one process.
+
+    Raises:
+        RuntimeError: If several processes were launched but no process group exists yet: going on
+            without waiting would be a race.
+    """
+    if world_size() == 1:
+        return
+    group = _group()
+    if group is None:
+        raise RuntimeError(
+            "barrier() was called before the process group exists. "
+            "Create accelerate's PartialState (or Accelerator) first."
+        )
+    if group.get_backend() == "nccl":
+        # NCCL would otherwise guess the device from the global rank, wrongly on a second machine.
+        group.barrier(device_ids=[local_rank()])
+    else:
+        group.barrier()
+
+
+def own_range(count: int) -> range:
+    """Give this process its share of the items 0..count-1.
+
+    The shares are contiguous, in the order of the ranks, cover every item once, and differ in
+    length by one at most. With fewer items than processes some shares are empty.
+
+    Args:
+        count: Number of items of the whole run, 0 or more.
+
+    Returns:
+        The items of this process.
+    """
+    this, total = rank(), world_size()
+    return range(this * count // total, (this + 1) * count // total)
+
+
+def _group() -> ModuleType | None:
+    """torch.distributed, if a process group is up; a group cannot be up before its import."""
+    module = sys.modules.get("torch.distributed")
+    if module is None or not module.is_available() or not module.is_initialized():
+        return None
+    return module
+
+
+def _launched(variable: str, alone: int) -> int:
+    # Clusters set WORLD_SIZE or LOCAL_RANK for purposes of their own; torchrun sets all of these.
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return alone
+    return int(os.environ.get(variable, alone))

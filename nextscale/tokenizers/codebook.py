@@ -1,0 +1,177 @@
+"""Remedies against codebook collapse: the parts that the tokenizer's trainer puts together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nextscale.tokenizers.quantizer import MultiscaleQuantizer, QuantizerOutput
+from nextscale.tokenizers.schedule import ScaleSchedule
+from nextscale.tokenizers.tokenizer import MultiscaleVQ
+
+USAGE_DECAY = 0.99
+
+
+def codebook_perplexity(counts: Tensor) -> float:
+    """exp of the entropy (nats) of the code histogram: V if all codes are used equally."""
+    share = counts.float() / counts.sum()
+    return float(torch.exp(-(share * share.clamp_min(1e-12).log()).sum()))
+
+
+@torch.no_grad()
+def record_usage(quantizer: MultiscaleQuantizer, schedule: ScaleSchedule, tokens: Tensor) -> None:
+    """Update `quantizer.usage` [K, V]: moving average of counts relative to uniform usage (= 1)."""
+    size = quantizer.codebook_size
+    counts = torch.stack(
+        [torch.bincount(t.flatten(), minlength=size) for t in schedule.split(tokens)]
+    )
+    counts = _sum_over_processes(counts.float())
+    share = counts * size / counts.sum(dim=1, keepdim=True)
+    first = not bool(quantizer.usage.any())
+    quantizer.usage.lerp_(share, 1.0 if first else 1 - USAGE_DECAY)
+
+
+@torch.no_grad()
+def revive(
+    quantizer: MultiscaleQuantizer,
+    residuals: Sequence[Tensor],
+    threshold: float,
+    generator: torch.Generator,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> int:
+    """Move codes that no scale uses onto vectors of the batch; returns how many.
+
+    Half of the dead codes go to scale 0, whose single token per image starves otherwise, the rest
+    to all scales evenly.
+
+    Args:
+        quantizer: Its codebook and usage change in place.
+        residuals: What each scale quantized, K tensors [b n_k^2, Z].
+        threshold: A code is dead if its usage is below this at every scale (1 = uniform).
+        generator: CPU generator, the same on every process.
+        optimizer: Its moments of the moved codes are set to zero.
+    """
+    dead = torch.nonzero(quantizer.usage.amax(dim=0) < threshold).flatten()
+    if not len(dead):
+        return 0
+    scales = len(residuals)
+    weights = torch.full((scales,), 0.5 / scales)
+    weights[0] += 0.5
+    chosen = torch.multinomial(weights, len(dead), replacement=True, generator=generator)
+    picks = torch.rand(len(dead), generator=generator)
+    vectors = torch.stack(
+        [residuals[k][int(u * len(residuals[k]))] for k, u in zip(chosen.tolist(), picks, strict=True)]
+    )
+    vectors = _from_main_process(vectors)
+    weight = quantizer.codebook.weight
+    weight[dead] = vectors.to(weight)
+    quantizer.usage[chosen.to(dead.device), dead] = 1.0  # a grace period
+    state = optimizer.state.get(weight, {}) if optimizer is not None else {}
+    for name in ("exp_avg", "exp_avg_sq"):
+        if name in state:
+            state[name][dead] = 0
+    return len(dead)
+
+
+@torch.no_grad()
+def ema_update(quantizer: MultiscaleQuantizer, quantized: QuantizerOutput, decay: float) -> None:
+    """Move each code towards the mean of the vectors that chose it (van den Oord et al. 2017, A.1).
+
+    Ours differs in that the running counts are not kept: a code used in this step moves by
+    1 - decay towards the mean of this step's vectors, all scales together.
+    """
+    weight = quantizer.codebook.weight
+    tokens = torch.cat(_tokens_by_scale(quantized))
+    vectors = torch.cat(list(quantized.residuals))
+    counts = torch.bincount(tokens, minlength=len(weight)).float()
+    sums = torch.zeros_like(weight).index_add_(0, tokens, vectors)
+    counts, sums = _sum_over_processes(counts), _sum_over_processes(sums)
+    used = counts > 0
+    weight[used] = torch.lerp(weight[used], sums[used] / counts[used, None], 1 - decay)
+
+
+def entropy_loss(
+    quantizer: MultiscaleQuantizer,
+    quantized: QuantizerOutput,
+    schedule: ScaleSchedule,
+    temperature: float = 0.01,
+) -> Tensor:
+    """Mean over scales of E[H(p)] - H(E[p]), p = softmax(-|z - e|^2 / (temperature mean|e|^2)).
+
+    (MAGVIT-v2, arXiv 2310.05737, equation 5, applied to each scale apart.) Gradients reach the
+    latents through A_k(f) with the coarser scales' contributions held fixed.
+    """
+    codes = quantizer.codebook.weight
+    sharpness = 1 / (temperature * codes.detach().square().sum(1).mean().clamp_min(1e-6))
+    total = codes.new_zeros(())
+    for fixed, side in zip(quantized.residuals, schedule.sides, strict=True):
+        pooled = F.interpolate(quantized.f, size=side, mode="area")
+        live = pooled.permute(0, 2, 3, 1).reshape(fixed.shape)
+        z = (fixed + live - live.detach())[:2048]
+        log_p = F.log_softmax(-torch.cdist(z, codes).square() * sharpness, dim=1)
+        mean = log_p.exp().mean(dim=0)
+        sample = -(log_p.exp() * log_p).sum(dim=1).mean()
+        total = total + sample + (mean * mean.clamp_min(1e-12).log()).sum()
+    return total / schedule.num_scales
+
+
+@torch.no_grad()
+def kmeans_start(
+    tokenizer: MultiscaleVQ, images: Tensor, generator: torch.Generator, iterations: int = 10
+) -> None:
+    """Fill the codebook scale by scale with k-means centres of what that scale has to quantize.
+
+    Scale k gets its share of the codes (V / K each, the rest to the last); its residuals are those
+    that the codes of the coarser scales leave.
+    """
+    quantizer, schedule = tokenizer.quantizer, tokenizer.schedule
+    latents = torch.cat([tokenizer.latents(chunk) for chunk in images.split(64)])
+    weight = quantizer.codebook.weight
+    size, scales = len(weight), schedule.num_scales
+    filled = 0
+    for k in range(scales):
+        end = size if k == scales - 1 else (k + 1) * size // scales
+        for index, (vectors, _, _) in enumerate(quantizer.residuals(latents, schedule)):
+            if index == k:
+                break
+        weight[filled:end] = _kmeans(vectors, end - filled, generator, iterations)
+        weight[end:] = weight[filled]  # unreachable duplicates until their turn
+        filled = end
+    weight.copy_(_from_main_process(weight.clone()))
+
+
+def _kmeans(
+    vectors: Tensor, count: int, generator: torch.Generator, iterations: int, limit: int = 20_000
+) -> Tensor:
+    """Lloyd's algorithm from random distinct starts; empty clusters keep their old centre."""
+    order = torch.randperm(len(vectors), generator=generator)[:limit].to(vectors.device)
+    points = vectors[order]
+    centers = points[torch.arange(count, device=points.device) % len(points)].clone()
+    for _ in range(iterations):
+        nearest = torch.cdist(points, centers).argmin(dim=1)
+        sums = torch.zeros_like(centers).index_add_(0, nearest, points)
+        counts = torch.bincount(nearest, minlength=count).to(points)
+        used = counts > 0
+        centers[used] = sums[used] / counts[used, None]
+    return centers
+
+
+def _tokens_by_scale(quantized: QuantizerOutput) -> list[Tensor]:
+    """Tokens in the order of `residuals`: scale by scale, image by image."""
+    lengths = [len(r) // len(quantized.tokens) for r in quantized.residuals]
+    return [t.reshape(-1) for t in quantized.tokens.split(lengths, dim=1)]
+
+
+def _sum_over_processes(tensor: Tensor) -> Tensor:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def _from_main_process(tensor: Tensor) -> Tensor:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.broadcast(tensor, src=0)
+    return tensor

@@ -1,0 +1,280 @@
+"""`nextscale train tokenizer`: images -> a multi-scale VQ tokenizer that does not collapse.
+
+Codebook collapse, above all at the coarse scales, is what people report who train this model. The
+remedies here are a k-means start, revival of unused codes, an EMA codebook, an entropy term and
+scale dropout; docs/tokenizer.md has the table of what each is worth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nextscale.data.images import to_float
+from nextscale.data.config import DataConfig, open_dataset
+from nextscale.errors import UserError
+from nextscale.streams import stream
+from nextscale.tokenizers.adversarial import LPIPS, PatchDiscriminator, adaptive_weight
+from nextscale.tokenizers.codebook import (
+    codebook_perplexity,
+    ema_update,
+    entropy_loss,
+    kmeans_start,
+    record_usage,
+    revive,
+)
+from nextscale.tokenizers.tokenizer import MultiscaleVQ, TokenizerConfig, psnr
+from nextscale.training import FitResult, TrainingConfig, fit, frozen, save_grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerTrainingConfig(TrainingConfig, DataConfig):
+    """Settings of `nextscale train tokenizer`."""
+
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    """The tokenizer."""
+    use_ema: bool = False
+    """Off here: an averaged codebook lags behind revived codes; let the learning rate fall."""
+
+    l1_weight: float = 1.0
+    """Weight of the mean absolute pixel error, images in [-1, 1]."""
+    l2_weight: float = 1.0
+    """Weight of the mean squared pixel error."""
+    quantizer_weight: float = 1.0
+    """Weight of the quantizer's loss."""
+    lpips_weight: float = 0.0
+    """Weight of the perceptual loss LPIPS (VGG); 0 = off."""
+    lpips_weights: str | None = None
+    """Path of the VGG16 ImageNet weights for LPIPS; None: torchvision's cache or download."""
+    discriminator_weight: float = 0.0
+    """Weight of the patch discriminator's hinge loss; 0 = off."""
+    discriminator_start: int = 1000
+    """Step at which the discriminator sets in."""
+    discriminator_channels: int = 64
+    """Width of the discriminator."""
+
+    kmeans_start: bool = True
+    """Start the codebook from k-means of the latents, scale by scale."""
+    revival_steps: int = 20
+    """Replace unused codes every so many steps; 0 = never."""
+    revival_threshold: float = 0.05
+    """A code is unused if at every scale its usage is below this share of uniform usage."""
+    revival_end: float = 0.9
+    """Stop revival after this share of the run."""
+    codebook_update: Literal["gradient", "ema"] = "gradient"
+    """How codes move: by the quantizer loss, or as moving averages of what they quantize."""
+    codebook_decay: float = 0.99
+    """Decay of the EMA codebook."""
+    entropy_weight: float = 0.0
+    """Weight of the term that evens out the usage of codes at each scale."""
+    scale_dropout: float = 0.0
+    """Share of images that are reconstructed from a random number of coarse scales."""
+
+    num_validation_images: int = 2000
+    """Images of the validation split that measure PSNR and codebook usage."""
+
+
+def train_tokenizer(config: TokenizerTrainingConfig, *, progress: bool = True) -> FitResult:
+    """Train a tokenizer and save it in `output_dir/tokenizer`.
+
+    Args:
+        config: The run.
+        progress: Show a bar.
+
+    Returns:
+        The result of the loop; `metrics` holds `val/psnr` (dB), `val/usage` (share of codes used)
+        and per scale k `val/codes_k` (distinct codes) and `val/perplexity_k`.
+    """
+    tokenizer = MultiscaleVQ(config.tokenizer)
+    torch.manual_seed(stream(config.seed).initial_seed())
+    initialize(tokenizer)
+    if tokenizer.resolution != (config.resolution, config.resolution):
+        raise UserError(
+            f"resolution {config.resolution} does not fit the tokenizer, whose scales end at "
+            f"{tokenizer.schedule.grid} cells of {config.tokenizer.stride} pixels; use resolution "
+            f"{tokenizer.resolution[0]} or other scales"
+        )
+    images = open_dataset(config, "train", seed=config.seed)
+    validation = open_dataset(config, "validation", seed=config.seed)
+    modules: dict[str, nn.Module] = {"tokenizer": tokenizer}
+    lpips = LPIPS(config.lpips_weights) if config.lpips_weight else None
+    if lpips is not None:
+        modules["lpips"] = lpips
+    if config.codebook_update == "ema":
+        tokenizer.quantizer.codebook.requires_grad_(False)
+    optimizers = {"tokenizer": _adamw(tokenizer, config)}
+    if config.discriminator_weight:
+        modules["discriminator"] = PatchDiscriminator(config.discriminator_channels)
+        optimizers["discriminator"] = _adamw(modules["discriminator"], config)
+    if config.kmeans_start and config.resume_from_checkpoint is None:
+        count = min(len(images), max(1024, 2 * config.tokenizer.codebook_size))
+        batch = images.load(np.arange(count))
+        with torch.autocast(
+            "cpu", torch.bfloat16, enabled=torch.cpu.get_capabilities().get("amx_tile", False)
+        ):
+            kmeans_start(tokenizer, to_float(batch.images), stream(config.seed, 1))
+    latest: dict[str, Any] = {}
+
+    def load_batch(indices: np.ndarray, step: int) -> Tensor:
+        return images.load(indices, step=step).images
+
+    def losses(
+        modules: Mapping[str, nn.Module], batch: Tensor, step: int
+    ) -> Iterator[tuple[str, Tensor, Mapping[str, float | Tensor]]]:
+        pixels = to_float(batch).contiguous(memory_format=torch.channels_last)
+        reconstruction, quantized = modules["tokenizer"](
+            pixels, _scale_dropout(config, len(pixels), step, pixels.device)
+        )
+        reconstruction = reconstruction.float()
+        latest["quantized"] = quantized
+        l1, l2 = F.l1_loss(reconstruction, pixels), F.mse_loss(reconstruction, pixels)
+        loss = config.l1_weight * l1 + config.l2_weight * l2
+        metrics: dict[str, float | Tensor] = {
+            "l1": l1.detach(),
+            "psnr": psnr(reconstruction.detach(), pixels).mean(),
+            "quantizer_loss": quantized.loss.detach(),
+        }
+        if lpips is not None:
+            perceptual = modules["lpips"](reconstruction, pixels)
+            loss = loss + config.lpips_weight * perceptual
+            metrics["lpips"] = perceptual.detach()
+        if "discriminator" in modules and step >= config.discriminator_start:
+            with frozen(modules["discriminator"]) as judge:
+                fooled = -judge(reconstruction).float().mean()
+            last_layer = tokenizer.decoder.conv_out.weight
+            weight = adaptive_weight(loss, fooled, last_layer)
+            loss = loss + config.discriminator_weight * weight * fooled
+            metrics["discriminator_weight"] = weight
+        loss = loss + config.quantizer_weight * quantized.loss
+        if config.entropy_weight:
+            term = entropy_loss(tokenizer.quantizer, quantized, tokenizer.schedule)
+            loss = loss + config.entropy_weight * term
+            metrics["entropy_loss"] = term.detach()
+        yield "tokenizer", loss, metrics
+        if "discriminator" in modules and step >= config.discriminator_start:
+            both = torch.cat([pixels, reconstruction.detach()])
+            real, fake = modules["discriminator"](both).float().chunk(2)
+            hinge = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+            yield "discriminator", hinge / 2, {"real": real.mean(), "fake": fake.mean()}
+
+    def after_step(modules: Mapping[str, nn.Module], step: int) -> None:
+        quantizer, quantized = tokenizer.quantizer, latest["quantized"]
+        record_usage(quantizer, tokenizer.schedule, quantized.tokens)
+        if config.codebook_update == "ema":
+            ema_update(quantizer, quantized, config.codebook_decay)
+        due = config.revival_steps and step % config.revival_steps == 0
+        if due and step < config.revival_end * config.max_train_steps:
+            revive(
+                quantizer,
+                quantized.residuals,
+                config.revival_threshold,
+                stream(config.seed, step, 2),
+                optimizers["tokenizer"],
+            )
+
+    def validate(modules: Mapping[str, nn.Module], step: int) -> dict[str, float]:
+        model = modules["tokenizer"]
+        assert isinstance(model, MultiscaleVQ)
+        count = min(config.num_validation_images, len(validation))
+        report = measure(model, validation, count, config.train_batch_size)
+        _save_pictures(model, validation, Path(config.output_dir) / "samples" / f"step_{step:08d}.png")
+        return report
+
+    result = fit(
+        config,
+        modules=modules,
+        optimizers=optimizers,
+        load_batch=load_batch,
+        dataset_size=len(images),
+        losses=losses,
+        validate=validate,
+        after_step=after_step,
+        progress=progress,
+    )
+    tokenizer.eval().save_pretrained(Path(config.output_dir) / "tokenizer")
+    return result
+
+
+def initialize(tokenizer: MultiscaleVQ) -> None:
+    """Fresh weights: torch's defaults, and a small uniform codebook (|code| <= 1/V per channel)."""
+    for module in tokenizer.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()  # pyright: ignore[reportCallIssue]
+    size = tokenizer.quantizer.codebook_size
+    nn.init.uniform_(tokenizer.quantizer.codebook.weight, -1 / size, 1 / size)
+
+
+@torch.no_grad()
+def measure(tokenizer: MultiscaleVQ, source: Any, count: int, batch_size: int) -> dict[str, float]:
+    """PSNR and codebook usage on the first `count` images of a source.
+
+    Returns:
+        `psnr` (dB, mean over images), `usage` (share of the codebook that any scale used), and per
+        scale k `codes_k` (distinct codes), `share_k` (of min(V, count n_k^2)), `perplexity_k`.
+    """
+    device = tokenizer.quant_conv.weight.device
+    decibels, tokens = [], []
+    for start in range(0, count, batch_size):
+        batch = source.load(np.arange(start, min(start + batch_size, count)))
+        pixels = to_float(batch.images).to(device)
+        codes = tokenizer.encode(pixels)
+        decibels.append(psnr(tokenizer.decode(codes), pixels))
+        tokens.append(codes)
+    all_tokens = torch.cat(tokens)
+    size = tokenizer.quantizer.codebook_size
+    report = {
+        "psnr": torch.cat(decibels).mean().item(),
+        "usage": all_tokens.unique().numel() / size,
+    }
+    for k, part in enumerate(tokenizer.schedule.split(all_tokens)):
+        counts = torch.bincount(part.flatten(), minlength=size)
+        distinct = int((counts > 0).sum())
+        report[f"codes_{k}"] = distinct
+        report[f"share_{k}"] = distinct / min(size, part.numel())
+        report[f"perplexity_{k}"] = codebook_perplexity(counts)
+    return report
+
+
+def _scale_dropout(
+    config: TokenizerTrainingConfig, count: int, step: int, device: torch.device
+) -> Tensor | None:
+    if not config.scale_dropout:
+        return None
+    scales = len(config.tokenizer.scales)
+    kept = torch.randint(1, scales + 1, (count,), device=device)
+    return torch.where(torch.rand(count, device=device) < config.scale_dropout, kept, scales)
+
+
+def _adamw(module: nn.Module, config: TokenizerTrainingConfig) -> torch.optim.Optimizer:
+    """AdamW whose biases, norms and codes do not decay."""
+    parameters = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+    decayed = [p for n, p in parameters if p.ndim > 1 and "codebook" not in n]
+    plain = [p for n, p in parameters if p.ndim <= 1 or "codebook" in n]
+    return torch.optim.AdamW(
+        [{"params": decayed}, {"params": plain, "decay": False, "weight_decay": 0.0}],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
+def _save_pictures(tokenizer: MultiscaleVQ, source: Any, path: Path) -> None:
+    """Originals, their reconstruction, and the picture after each scale, one column per image."""
+    pixels = to_float(source.load(np.arange(min(8, len(source)))).images)
+    pixels = pixels.to(tokenizer.quant_conv.weight.device)
+    tokens = tokenizer.encode(pixels)
+    steps = tokenizer.quantizer.accumulate(tokens, tokenizer.schedule)
+    rows = [pixels, *(tokenizer.decode_latents(f_hat) for f_hat, _ in steps)]
+    save_grid((torch.cat(rows).cpu() + 1) / 2, path, columns=len(pixels))
+
+
+__all__ = ["TokenizerTrainingConfig", "measure", "train_tokenizer"]
