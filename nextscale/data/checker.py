@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
@@ -186,7 +187,7 @@ def _smallest_offset(first: Sequence[Shape], second: Sequence[Shape], relation: 
     return min(offsets, default=-1.0)
 
 
-def prompt_accuracy(reports: Sequence[Report]) -> dict[str, object]:
+def prompt_accuracy(reports: Sequence[Report]) -> dict[str, Any]:
     """Summarise reports.
 
     Returns:
@@ -301,7 +302,7 @@ def falsifiable(caption: Caption, scene: Scene) -> dict[str, list[Caption]]:
     return {kind: false[kind] for kind in KINDS if false[kind]}
 
 
-def checker_error(n: int = 2000, size: int = 64, seed: int = 2) -> dict[str, object]:
+def checker_error(n: int = 2000, size: int = 64, seed: int = 2) -> dict[str, Any]:
     """Measure the checker itself on rendered scenes.
 
     Args:

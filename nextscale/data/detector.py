@@ -9,6 +9,7 @@ p in closed form, and the coverage a is the same for pure and for dark bars. The
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from scipy import ndimage
@@ -185,7 +186,7 @@ def _components(labels: np.ndarray) -> tuple[np.ndarray, list[int]]:
         mask = labels == color
         if mask.mean() < CRUMB:
             continue
-        parts, count = ndimage.label(mask)
+        parts, count = cast("tuple[np.ndarray, int]", ndimage.label(mask))
         core = np.bincount(parts[_erode(mask)], minlength=count + 1)
         area = np.bincount(parts.ravel(), minlength=count + 1)
         for part in range(1, count + 1):
@@ -239,7 +240,9 @@ def _fit(patch: _Patch, color: str, side: int) -> tuple[DetectedShape, float, np
         place = _refine(patch, kind, place, width=2.0, steps=3)
         finals.append((_mismatch(patch, kind, place, 1.5), kind, place))
     _, kind, place = min(finals, key=lambda fit: fit[0])
-    place = _refine(patch, kind, place, width=1.0, steps=2)
+    # A ramp 2.5 sigma wide is as steep as a Gaussian edge; a template of another blur is biased.
+    blur = _blur(patch, _distance(kind, patch, place[None])[0], side)
+    place = _refine(patch, kind, place, width=max(1.0, 2.5 * blur), steps=2)
     x, y, radius = (float(v) for v in place)
     distance = _distance(kind, patch, place[None])[0]
     blur = _blur(patch, distance, side)
@@ -262,7 +265,7 @@ def _fit(patch: _Patch, color: str, side: int) -> tuple[DetectedShape, float, np
 
 
 def _first_guess(patch: _Patch, kind: str) -> np.ndarray:
-    """(x, y, r) from the patch's box; nearer shapes are lower, so its upper edge is the safe one."""
+    """(x, y, r) from the patch's box; nearer shapes are lower, so the upper edge is safe."""
     rows, columns = np.flatnonzero(patch.own.any(axis=1)), np.flatnonzero(patch.own.any(axis=0))
     top, height = patch.y[rows[0], 0] - 0.5, rows[-1] - rows[0] + 1
     left, width = patch.x[0, columns[0]] - 0.5, columns[-1] - columns[0] + 1

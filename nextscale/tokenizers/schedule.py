@@ -78,7 +78,8 @@ class ScaleSchedule:
     def scale_index(self, device: torch.device | str | None = None) -> Int[Tensor, " t"]:
         """The scale 0..K-1 of each of the L positions."""
         lengths = torch.tensor(self.lengths, device=device)
-        return torch.repeat_interleave(torch.arange(self.num_scales, device=device), lengths)
+        scales = torch.arange(self.num_scales, device=device)
+        return scales.repeat_interleave(lengths, output_size=self.num_tokens)
 
     def causal_mask(self, device: torch.device | str | None = None) -> Bool[Tensor, "t t"]:
         """Block-causal mask, True where row i may attend to column j: scale(i) >= scale(j)."""

@@ -1,0 +1,572 @@
+"""The next-scale transformer (VAR, arXiv 2404.02905), in the released architecture.
+
+What differs from a plain transformer: the input of scale k + 1 is the down-sampled sum of what the
+scales 0..k reconstruct (not token embeddings), attention is full inside a scale and causal across
+scales, queries and keys are l2-normalised, and AdaLN modulates by the condition.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from nextscale import storage
+from nextscale.errors import UserError
+from nextscale.tokenizers import ScaleSchedule
+from nextscale.var.attention import Backend, attend
+from nextscale.var.cache import KeyValueCache
+from nextscale.var.conditioning import CONDITIONERS, Condition, Conditioner
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """Exactly what `transformer/config.json` stores."""
+
+    scales: tuple[int | tuple[int, int], ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+    """Sides of the token maps, those of the tokenizer."""
+    codebook_size: int = 4096
+    """V."""
+    codebook_dim: int = 32
+    """Z."""
+    depth: int = 16
+    """Blocks."""
+    width: int | None = None
+    """Channels; None: 64 per unit of depth, the released rule."""
+    num_heads: int | None = None
+    """Attention heads; None: depth."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the feed-forward layers in units of `width`."""
+    shared_modulation: bool = False
+    """One AdaLN projection for all blocks plus an offset per block (d36-s)."""
+    normalize_attention: bool = True
+    """l2-normalised queries and keys with a learned scale per head."""
+    context_dim: int | None = None
+    """Channels of context tokens for cross-attention; None: no cross-attention."""
+    mask_policy: Literal["causal", "diagonal", "markov"] = "causal"
+    """A scale sees itself and: all coarser scales, none, or the one before."""
+    drop_path: float | None = None
+    """Stochastic depth of the last block, linear over depth; None: 0.1 depth / 24."""
+    gate_init: float = 1e-3
+    """Factor on the initial weights of the gates (alng: 1e-3 d16/d20, 1e-4 d24, 1e-5 d30)."""
+
+    def __post_init__(self) -> None:
+        scales = tuple(tuple(s) if isinstance(s, list) else s for s in self.scales)
+        object.__setattr__(self, "scales", scales)
+        if self.resolved_width % self.resolved_heads:
+            raise UserError(
+                f"num_heads {self.resolved_heads} does not divide width {self.resolved_width}"
+            )
+
+    @property
+    def resolved_width(self) -> int:
+        """Channels."""
+        return self.width or 64 * self.depth
+
+    @property
+    def resolved_heads(self) -> int:
+        """Attention heads."""
+        return self.num_heads or self.depth
+
+
+class BlockHooks(Protocol):
+    """The two named points of a block where control modules act; absent when unused."""
+
+    def before_block(self, block: int, where: slice, x: Tensor) -> Tensor:
+        """Replace the residual stream of the positions `where` before a block."""
+        ...
+
+    def after_block(self, block: int, where: slice, x: Tensor) -> Tensor:
+        """Replace it after the block."""
+        ...
+
+
+@dataclass
+class Prepared:
+    """What depends on the condition alone, computed once per picture.
+
+    Attributes:
+        start: [b, 1, d], the condition as it enters the start token.
+        modulation: Per block [b, 1, 6, d]: gates, scales and shifts.
+        head: (scale, shift) of the head, [b, 1, d] each.
+        context: Per block keys and values of the context tokens, or None.
+        mask: [b, 1, 1, s], True for real context tokens, or None.
+    """
+
+    start: Tensor
+    modulation: list[Tensor]
+    head: tuple[Tensor, Tensor]
+    context: list[tuple[Tensor, Tensor]] | None
+    mask: Tensor | None
+
+    def __getitem__(self, rows: slice | Tensor) -> Prepared:
+        context = None if self.context is None else [(k[rows], v[rows]) for k, v in self.context]
+        return Prepared(
+            self.start[rows],
+            [m[rows] for m in self.modulation],
+            (self.head[0][rows], self.head[1][rows]),
+            context,
+            None if self.mask is None else self.mask[rows],
+        )
+
+
+class FusedProjection(nn.Linear):
+    """Queries, keys and values in one matrix; queries and values have biases, keys have none."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, input: Tensor) -> Tensor:
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        return F.linear(input, self.weight, bias)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention over scales, with l2-normalised queries and keys by default."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        width, self.heads = config.resolved_width, config.resolved_heads
+        self.qkv = FusedProjection(width)
+        self.proj = nn.Linear(width, width)
+        self.log_scale = None
+        if config.normalize_attention:
+            self.log_scale = nn.Parameter(torch.full((1, self.heads, 1, 1), math.log(4.0)))
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None,
+        cache: KeyValueCache | None,
+        block: int,
+        where: slice,
+        visible: slice,
+        backend: Backend,
+    ) -> Tensor:
+        b, t, d = x.shape
+        qkv = self.qkv(x).view(b, t, 3, self.heads, d // self.heads)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+        if self.log_scale is None:
+            factor = 0.25 / math.sqrt(d // self.heads)
+        else:
+            scale = self.log_scale.clamp_max(math.log(100)).exp()
+            q = q * (scale / q.norm(dim=-1, keepdim=True, dtype=torch.float32).clamp_min(1e-12)).to(q.dtype)
+            k = k * (1 / k.norm(dim=-1, keepdim=True, dtype=torch.float32).clamp_min(1e-12)).to(k.dtype)
+            factor = 1.0
+        if cache is not None:
+            cache.update(block, where, k, v)
+            k, v = cache.read(block, visible)
+        y = attend(q, k, v, mask=mask, scale=factor, backend=backend)
+        return self.proj(y.transpose(1, 2).reshape(b, t, d))
+
+
+class CrossAttention(nn.Module):
+    """Attention to context tokens; their keys and values are computed once per picture."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        assert config.context_dim is not None
+        width, self.heads = config.resolved_width, config.resolved_heads
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(config.context_dim, 2 * width)
+        self.proj = nn.Linear(width, width)
+
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        b, s, _ = context.shape
+        kv = self.kv(context).view(b, s, 2, self.heads, -1)
+        k, v = (part.transpose(1, 2) for part in kv.unbind(2))
+        return k, v
+
+    def forward(
+        self, x: Tensor, context: tuple[Tensor, Tensor], mask: Tensor | None, backend: Backend
+    ) -> Tensor:
+        b, t, d = x.shape
+        q = self.q(self.norm(x).to(self.q.weight.dtype))
+        q = q.view(b, t, self.heads, -1).transpose(1, 2)
+        k, v = context
+        scale = 1 / math.sqrt(d // self.heads)
+        y = attend(q.to(k.dtype), k, v, mask=mask, scale=scale, backend=backend)
+        return self.proj(y.transpose(1, 2).reshape(b, t, d))
+
+
+class FeedForward(nn.Module):
+    """Linear, tanh-GELU, Linear."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """x + gate1 Attn(AdaLN(x)), [x + Cross(LN(x))], x + gate2 FFN(AdaLN(x))."""
+
+    def __init__(self, config: TransformerConfig, index: int) -> None:
+        super().__init__()
+        width = config.resolved_width
+        self.index = index
+        self.attention = SelfAttention(config)
+        self.cross = None if config.context_dim is None else CrossAttention(config)
+        self.feed_forward = FeedForward(width, round(width * config.mlp_ratio))
+        if config.shared_modulation:
+            self.modulation_offset = nn.Parameter(torch.zeros(1, 1, 6, width))
+        else:
+            self.modulation = nn.Linear(width, 6 * width)
+        last = 0.1 * config.depth / 24 if config.drop_path is None else config.drop_path
+        self.drop_path = last * index / max(config.depth - 1, 1)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b t d"],
+        prepared: Prepared,
+        *,
+        mask: Tensor | None,
+        cache: KeyValueCache | None,
+        where: slice,
+        visible: slice,
+        backend: Backend,
+    ) -> Tensor:
+        gate1, gate2, scale1, scale2, shift1, shift2 = prepared.modulation[self.index].unbind(2)
+        dtype = self.attention.proj.weight.dtype
+        y = self.attention(
+            modulated_norm(x, scale1, shift1).to(dtype),
+            mask=mask,
+            cache=cache,
+            block=self.index,
+            where=where,
+            visible=visible,
+            backend=backend,
+        )
+        x = self._add(x, gate1, y)
+        if self.cross is not None:
+            assert prepared.context is not None, "cross-attention needs context tokens"
+            x = x + self.cross(x, prepared.context[self.index], prepared.mask, backend)
+        y = self.feed_forward(modulated_norm(x, scale2, shift2).to(dtype))
+        return self._add(x, gate2, y)
+
+    def _add(self, x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+        """x + DropPath(gate * y), stochastic depth per sample, rescaled by 1 / keep."""
+        if self.training and self.drop_path > 0:
+            keep = 1 - self.drop_path
+            gate = gate * gate.new_empty(len(x), 1, 1).bernoulli_(keep).div_(keep)
+        return torch.addcmul(x, gate.to(x.dtype), y.to(x.dtype))
+
+
+def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """LN(x) (1 + scale) + shift, LN without affine, eps 1e-6."""
+    normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
+    return torch.addcmul(shift.to(normed.dtype), normed, (1 + scale).to(normed.dtype))
+
+
+class NextScaleTransformer(nn.Module):
+    """Predicts the tokens of every scale from the coarser ones and a condition.
+
+    One code path serves both modes: teacher-forced over all scales with a mask, and scale by scale
+    with a cache.
+
+    Args:
+        config: Sizes.
+        conditioner: Turns labels or prompts into the condition.
+    """
+
+    def __init__(self, config: TransformerConfig, conditioner: Conditioner) -> None:
+        super().__init__()
+        self.config = config = replace(config, context_dim=conditioner.context_dim)
+        self.schedule = ScaleSchedule(config.scales)
+        width, schedule = config.resolved_width, self.schedule
+        self.conditioner = conditioner
+        self.start = nn.Parameter(torch.zeros(1, schedule.lengths[0], width))
+        self.position = nn.Parameter(torch.zeros(1, schedule.num_tokens, width))
+        self.scale_embedding = nn.Embedding(schedule.num_scales, width)
+        self.input = nn.Linear(config.codebook_dim, width)
+        if config.shared_modulation:
+            self.modulation = nn.Linear(width, 6 * width)
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.depth))
+        self.head_modulation = nn.Linear(width, 2 * width)
+        self.head = nn.Linear(width, config.codebook_size)
+        self.backend: Backend = "sdpa"
+        self.register_buffer("_scale_index", schedule.scale_index(), persistent=False)
+        self.register_buffer("_mask", self.attention_mask(), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.start.device
+
+    def first_visible(self, scale: int) -> int:
+        """The coarsest scale that `scale` attends to."""
+        return {"causal": 0, "diagonal": scale, "markov": max(scale - 1, 0)}[self.config.mask_policy]
+
+    def attention_mask(self) -> Bool[Tensor, "t t"]:
+        """True where row i may attend to column j: first_visible(i) <= scale(j) <= scale(i)."""
+        scale = self.schedule.scale_index()
+        first = torch.tensor([self.first_visible(k) for k in range(self.schedule.num_scales)])
+        return (scale[None] <= scale[:, None]) & (scale[None] >= first[scale][:, None])
+
+    def condition(self, conditions: Sequence[Any] | Tensor) -> Condition:
+        """Condition of class labels, prompts, or ids from `conditioner.tokenize`."""
+        ids = conditions if isinstance(conditions, Tensor) else self.conditioner.tokenize(conditions)
+        return self.conditioner(ids.to(self.device))
+
+    def null_condition(self, count: int) -> Condition:
+        """The condition of guidance's unconditional rows."""
+        return self.condition(self.conditioner.null(count))
+
+    def prepare(self, condition: Condition) -> Prepared:
+        """AdaLN projections of all blocks and cross-attention keys: once per picture."""
+        pooled = condition.pooled
+        active = F.silu(pooled).to(self.head_modulation.weight.dtype)
+        width = pooled.shape[-1]
+
+        def six(linear: nn.Linear) -> Tensor:
+            return linear(active).view(-1, 1, 6, width)
+
+        if self.config.shared_modulation:
+            shared = six(self.modulation)
+            modulation = [shared + block.modulation_offset for block in self.blocks]  # pyright: ignore
+        else:
+            modulation = [six(block.modulation) for block in self.blocks]  # pyright: ignore
+        scale, shift = self.head_modulation(active).view(-1, 1, 2, width).unbind(2)
+        context = None
+        if self.config.context_dim is not None:
+            tokens = condition.context
+            assert tokens is not None
+            tokens = tokens.to(self.head_modulation.weight.dtype)
+            context = [block.cross.keys_values(tokens) for block in self.blocks]  # pyright: ignore
+        mask = None if condition.mask is None else condition.mask[:, None, None]
+        return Prepared(pooled[:, None], modulation, (scale, shift), context, mask)
+
+    def embed(
+        self, inputs: Float[Tensor, "b u c"] | None, prepared: Prepared, where: slice
+    ) -> Float[Tensor, "b t d"]:
+        """The residual stream at the positions `where`, float32.
+
+        Args:
+            inputs: Transformer inputs of the positions after scale 0 (None: there are none).
+            prepared: Condition.
+            where: Positions; if they start at 0, the start tokens come first.
+        """
+        parts: list[Tensor] = []
+        if where.start == 0:
+            parts.append(prepared.start.float() + self.start.float())
+        if inputs is not None:
+            parts.append(self.input(inputs.to(self.input.weight.dtype)).float())
+        index = self._scale_index[where]  # pyright: ignore[reportIndexIssue]
+        fixed = self.position[:, where].float() + self.scale_embedding(index).float()
+        return torch.cat(parts, dim=1) + fixed
+
+    def run(
+        self,
+        x: Float[Tensor, "b t d"],
+        prepared: Prepared,
+        *,
+        where: slice,
+        mask: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        visible: slice | None = None,
+        hooks: BlockHooks | None = None,
+    ) -> Float[Tensor, "b t d"]:
+        """The blocks: the last hidden states of the positions `where`."""
+        for i, block in enumerate(self.blocks):
+            if hooks is not None:
+                x = hooks.before_block(i, where, x)
+            x = block(
+                x,
+                prepared,
+                mask=mask,
+                cache=cache,
+                where=where,
+                visible=visible or where,
+                backend=self.backend,
+            )
+            if hooks is not None:
+                x = hooks.after_block(i, where, x)
+        return x
+
+    def logits(self, hidden: Float[Tensor, "b t d"], prepared: Prepared) -> Float[Tensor, "b t v"]:
+        """The head: float32 logits of hidden states."""
+        y = modulated_norm(hidden.float(), *prepared.head)
+        return self.head(y.to(self.head.weight.dtype)).float()
+
+    def forward(
+        self,
+        inputs: Float[Tensor, "b u c"],
+        condition: Condition | None = None,
+        *,
+        class_labels: Int[Tensor, " b"] | Sequence[int] | None = None,
+        ids: Tensor | None = None,
+        num_scales: int | None = None,
+        hooks: BlockHooks | None = None,
+    ) -> Float[Tensor, "b t v"]:
+        """Teacher-forced logits of all scales.
+
+        There is no label dropout here, in no mode: the trainer replaces ids (the released forward
+        drops labels even in eval mode).
+
+        Args:
+            inputs: `tokenizer.teacher_inputs(tokens)`, [B, L - n_0^2, Z].
+            condition: The condition; or
+            class_labels: class numbers, or
+            ids: ids from the conditioner's `tokenize`.
+            num_scales: Only the first so many scales (progressive training).
+            hooks: Control.
+
+        Returns:
+            float32 [B, L, V].
+        """
+        if condition is None:
+            conditions = ids if ids is not None else class_labels
+            if conditions is None:
+                raise UserError("pass one of condition, class_labels or ids")
+            condition = self.condition(conditions)
+        schedule = self.schedule if num_scales is None else self.schedule.truncate(num_scales)
+        where = slice(0, schedule.num_tokens)
+        expected = schedule.num_tokens - schedule.lengths[0]
+        if inputs.shape[1] != expected:
+            raise UserError(
+                f"inputs must have {expected} positions for the scales {schedule}, "
+                f"got {inputs.shape[1]}"
+            )
+        prepared = self.prepare(condition)
+        x = self.embed(inputs, prepared, where)
+        if self.training and torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        mask = self._mask[where, where]  # pyright: ignore[reportIndexIssue]
+        return self.logits(self.run(x, prepared, where=where, mask=mask, hooks=hooks), prepared)
+
+    def new_cache(self, batch: int) -> KeyValueCache:
+        """An empty cache for `batch` rows."""
+        weight = self.head.weight
+        dtype = weight.dtype
+        if torch.is_autocast_enabled(weight.device.type):
+            dtype = torch.get_autocast_dtype(weight.device.type)
+        heads = self.config.resolved_heads
+        return KeyValueCache(
+            depth=self.config.depth,
+            batch=batch,
+            heads=heads,
+            num_tokens=self.schedule.num_tokens,
+            head_size=self.config.resolved_width // heads,
+            dtype=dtype,
+            device=weight.device,
+        )
+
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Write transformer/ and conditioner/ (config.json, model.safetensors) under `folder`."""
+        folder = Path(folder)
+        state = {k: v if dtype is None else v.to(dtype) for k, v in self.state_dict().items()}
+        prefix = "conditioner."
+        own = {k: v for k, v in state.items() if not k.startswith(prefix)}
+        rest = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
+        config = asdict(self.config)
+        kind = {"kind": self.conditioner.kind, **self.conditioner.config()}
+        for name, tensors, values, cls in (
+            ("transformer", own, config, "NextScaleTransformer"),
+            ("conditioner", rest, kind, "Conditioner"),
+        ):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            storage.write_tensors(folder / name / "model.safetensors", tensors)
+            values = {"format_version": FORMAT_VERSION, "class": cls, **values}
+            storage.write_json(folder / name / "config.json", values)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> NextScaleTransformer:
+        """Read what `save_pretrained` wrote (float32 on the CPU)."""
+        folder = Path(folder)
+        values = storage.read_config(
+            folder / "conditioner" / "config.json", FORMAT_VERSION, "Conditioner"
+        )
+        kind = values.pop("kind", None)
+        if kind not in CONDITIONERS:
+            raise UserError(
+                f'{folder} has a conditioner of kind "{kind}", this nextscale knows '
+                f"{', '.join(CONDITIONERS)}; update it"
+            )
+        config = storage.read_config(
+            folder / "transformer" / "config.json", FORMAT_VERSION, "NextScaleTransformer"
+        )
+        model = cls(TransformerConfig(**config), CONDITIONERS[kind](**values))
+        state = storage.read_tensors(folder / "transformer" / "model.safetensors")
+        rest = storage.read_tensors(folder / "conditioner" / "model.safetensors")
+        state |= {f"conditioner.{k}": v for k, v in rest.items()}
+        storage.load_state(model, {k: v.float() for k, v in state.items()}, folder)
+        return model.eval()
+
+    @classmethod
+    def from_official(
+        cls,
+        source: str | Path | Mapping[str, Tensor],
+        scales: Sequence[int] | None = None,
+        num_heads: int | None = None,
+    ) -> NextScaleTransformer:
+        """Load a released VAR transformer (`var_d16.pth`, ...) or its state dict.
+
+        Sizes are inferred from the shapes. Note that the official `cfg=1.5` is
+        `guidance_scale=2.5` here.
+
+        Args:
+            source: Path of a .pth or .safetensors file, or a state dict: flat, nested or prefixed.
+            scales: Needed only if the number of positions is not 680 or 2240.
+            num_heads: Needed only for files without a per-head scale; default the depth.
+        """
+        from nextscale.var.official import read_transformer
+
+        config, conditioner, state = read_transformer(source, scales, num_heads)
+        model = cls(config, conditioner)
+        storage.load_state(model, state, "the official transformer")
+        return model.eval()
+
+
+def initialize(model: NextScaleTransformer) -> None:
+    """The released initialisation: truncated normal of std sqrt(1 / (3 width)), small gates.
+
+    The conditioner's own encoder (captions) keeps its initialisation.
+    """
+    config = model.config
+    width = config.resolved_width
+    std = math.sqrt(1 / 3 / width)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding) and not name.startswith("conditioner.enc"):
+            nn.init.trunc_normal_(module.weight, std=std, a=-2, b=2)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for parameter in (model.start, model.position):
+        nn.init.trunc_normal_(parameter, std=std, a=-2, b=2)
+    with torch.no_grad():
+        model.head.weight.mul_(0.02)
+        model.head_modulation.weight.mul_(0.5)
+        projections = [model.modulation] if config.shared_modulation else []
+        for block in model.blocks:
+            assert isinstance(block, Block)
+            for linear in (block.attention.proj, block.feed_forward.fc2):
+                linear.weight.div_(math.sqrt(2 * config.depth))
+            if block.cross is not None:
+                block.cross.proj.weight.div_(math.sqrt(2 * config.depth))
+            if config.shared_modulation:
+                nn.init.normal_(block.modulation_offset, std=1 / math.sqrt(width))
+                block.modulation_offset[:, :, :2].mul_(config.gate_init)
+                block.modulation_offset[:, :, 2:].mul_(0.5)
+            else:
+                projections.append(block.modulation)
+        for linear in () if config.shared_modulation else projections:
+            assert isinstance(linear, nn.Linear)
+            linear.weight[: 2 * width].mul_(config.gate_init)
+            linear.weight[2 * width :].mul_(0.5)
