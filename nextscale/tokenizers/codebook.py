@@ -44,8 +44,8 @@ def revive(
 ) -> int:
     """Move codes that no scale uses onto vectors of the batch; returns how many.
 
-    Half of the dead codes go to scale 0, whose single token per image starves otherwise, the rest
-    to all scales evenly.
+    They go to the scales that use the fewest different codes: without that the coarse scales, with
+    few tokens per image, starve.
 
     Args:
         quantizer: Its codebook and usage change in place.
@@ -57,9 +57,8 @@ def revive(
     dead = torch.nonzero(quantizer.usage.amax(dim=0) < threshold).flatten()
     if not len(dead):
         return 0
-    scales = len(residuals)
-    weights = torch.full((scales,), 0.5 / scales)
-    weights[0] += 0.5
+    share = (quantizer.usage > threshold / 10).float().mean(dim=1).cpu()
+    weights = (1 - share).square() + 1e-3
     chosen = torch.multinomial(weights, len(dead), replacement=True, generator=generator)
     picks = torch.rand(len(dead), generator=generator)
     vectors = torch.stack(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nextscale import storage
 from nextscale.errors import UserError
 from nextscale.tokenizers.autoencoder import Decoder, Encoder, channels_last
-from nextscale.tokenizers.quantizer import MultiscaleQuantizer
+from nextscale.tokenizers.quantizer import MultiscaleQuantizer, QuantizerOutput
 from nextscale.tokenizers.schedule import ScaleSchedule, as_schedule
 
 FORMAT_VERSION = 1
@@ -172,17 +172,26 @@ class MultiscaleVQ(nn.Module):
         return torch.cat(inputs[:-1], dim=1)
 
     def forward(
-        self, images: Float[Tensor, "b 3 H W"], num_scales: Int[Tensor, " b"] | None = None
-    ) -> tuple[Tensor, Any]:
+        self,
+        images: Float[Tensor, "b 3 H W"],
+        *,
+        num_scales: Int[Tensor, " b"] | None = None,
+        quantize: bool = True,
+    ) -> tuple[Float[Tensor, "b 3 H W"], QuantizerOutput | None]:
         """Training forward: reconstruction (not clamped) and the quantizer's output.
 
         Args:
             images: In [-1, 1].
             num_scales: Scale dropout, see `MultiscaleQuantizer.forward`.
+            quantize: False passes the latents through, as a plain autoencoder; then the second
+                value is None.
         """
         f = self.quant_conv(self.encoder(images))
-        quantized = self.quantizer(f, self.schedule, num_scales=num_scales)
-        return self.decoder(self.post_quant_conv(quantized.f_hat)), quantized
+        quantized = None
+        if quantize:
+            quantized = self.quantizer(f, self.schedule, num_scales=num_scales)
+            f = quantized.f_hat
+        return self.decoder(self.post_quant_conv(f)), quantized
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write config.json and model.safetensors; `dtype` casts all but the quantizer."""

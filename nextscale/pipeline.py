@@ -1,0 +1,563 @@
+"""`NextScalePipeline`: tokenizer + transformer, from prompts or labels to pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nextscale import storage
+from nextscale.errors import UserError
+from nextscale.streams import random_seed
+from nextscale.tokenizers import MultiscaleVQ
+from nextscale.var import NextScaleTransformer, SamplingConfig, ScaleStep, sample
+from nextscale.var.editing import box_mask, keep_tokens
+from nextscale.var.sampling import Forcing
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+FORMAT_VERSION = 1
+MAX_SEED = 2**32
+OutputType = Literal["pil", "pt", "np"]
+
+
+@dataclass
+class PipelineOutput:
+    """What a call returns; image i = p * num_images_per_prompt + j.
+
+    Attributes:
+        images: PIL images, or float [B, 3, H, W] in [0, 1] ("pt"), or float32 [B, H, W, 3] ("np").
+        tokens: LongTensor [B, L] on the CPU, scales concatenated coarse to fine.
+        seeds: One per image: running the call with it as `seed` gives this image alone.
+        scales: With `return_scales`: K tensors [B, 3, H, W] in [0, 1], the picture after each scale.
+    """
+
+    images: Any
+    tokens: Tensor
+    seeds: list[int]
+    scales: list[Tensor] | None = None
+
+
+class NextScalePipeline:
+    """Generates pictures scale by scale.
+
+    Args:
+        tokenizer: Images <-> tokens.
+        transformer: Predicts tokens; holds its conditioner.
+        generation: Settings for what a call leaves at None.
+    """
+
+    def __init__(
+        self,
+        tokenizer: MultiscaleVQ,
+        transformer: NextScaleTransformer,
+        generation: SamplingConfig | None = None,
+    ) -> None:
+        sizes = (tokenizer.config.codebook_size, tokenizer.config.codebook_dim, tokenizer.schedule)
+        config = transformer.config
+        if (config.codebook_size, config.codebook_dim, transformer.schedule) != sizes:
+            raise UserError(
+                f"transformer and tokenizer do not belong together: codebook "
+                f"{config.codebook_size} x {config.codebook_dim} and scales {transformer.schedule} "
+                f"against {sizes[0]} x {sizes[1]} and {sizes[2]}"
+            )
+        self.tokenizer = tokenizer.eval()
+        self.transformer = transformer.eval()
+        self.generation = generation or SamplingConfig()
+        self._lora: Any = None
+
+    # ---- loading and saving ------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype = "auto",
+        revision: str | None = None,
+        local_files_only: bool = False,
+    ) -> NextScalePipeline:
+        """Load a bundled model by name, a local folder, or a model of the Hugging Face hub.
+
+        Args:
+            pretrained_model_name_or_path: For example "scenes".
+            device: Default: CUDA if there is one, else the CPU.
+            dtype: "auto" (bf16 on CUDA and on CPUs with AMX, else float32), or a dtype or its name.
+            revision: Branch, tag or commit of a hub model.
+            local_files_only: Do not go to the network.
+
+        Raises:
+            UserError: If there is no such model, or its files are damaged or do not fit together.
+        """
+        folder = storage.resolve_model(
+            str(pretrained_model_name_or_path), revision=revision, local_files_only=local_files_only
+        )
+        storage.read_config(folder / "model_index.json", FORMAT_VERSION, "NextScalePipeline")
+        generation = {}
+        if (folder / "generation_config.json").exists():
+            generation = storage.read_config(
+                folder / "generation_config.json", FORMAT_VERSION, "SamplingConfig"
+            )
+        pipe = cls(
+            MultiscaleVQ.from_pretrained(folder / "tokenizer"),
+            NextScaleTransformer.from_pretrained(folder),
+            SamplingConfig(**generation),
+        )
+        return pipe.to(device, dtype)
+
+    @classmethod
+    def from_official(
+        cls,
+        *,
+        transformer: str | Path | dict[str, Tensor],
+        tokenizer: str | Path | dict[str, Tensor],
+        scales: Sequence[int] | None = None,
+        num_heads: int | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype = "auto",
+    ) -> NextScalePipeline:
+        """Load released VAR checkpoints, e.g. `var_d16.pth` and `vae_ch160v4096z32.pth`.
+
+        The official `cfg=1.5` is `guidance_scale=2.5` here.
+
+        Args:
+            transformer: File or state dict of the transformer.
+            tokenizer: File or state dict of the tokenizer.
+            scales: Sides of the token maps, if the number of positions does not tell them.
+            num_heads: Heads, for files without a scale per head.
+            device: As in `from_pretrained`.
+            dtype: As in `from_pretrained`.
+        """
+        model = NextScaleTransformer.from_official(transformer, scales, num_heads)
+        sides = [h for h, _ in model.schedule.sides]
+        # The settings of the published FID (next-scale.md 3.2).
+        generation = SamplingConfig(guidance_scale=2.5, top_k=900, top_p=0.96)
+        pipe = cls(MultiscaleVQ.from_official(tokenizer, sides), model, generation)
+        return pipe.to(device, dtype)
+
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Write the whole model to a folder, in one step.
+
+        Args:
+            folder: Replaced if it exists.
+            dtype: Cast the weights to this (the quantizer stays float32); None: as they are.
+        """
+        with storage.replace_folder(folder) as target:
+            self.tokenizer.save_pretrained(target / "tokenizer", dtype=dtype)
+            self.transformer.save_pretrained(target, dtype=dtype)
+            parts = {"tokenizer": "MultiscaleVQ", "transformer": "NextScaleTransformer"}
+            for name, values in (
+                ("model_index.json", {"class": "NextScalePipeline", **parts}),
+                ("generation_config.json", {"class": "SamplingConfig", **asdict(self.generation)}),
+            ):
+                storage.write_json(target / name, {"format_version": FORMAT_VERSION, **values})
+            card = self.card()
+            storage.write_bytes(target / "README.md", card.encode())
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+        """Upload to the Hugging Face hub; returns the address of the commit."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "model"
+            self.save_pretrained(folder)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
+
+    def card(self) -> str:
+        """A model card in Markdown: what the model is and how to use it."""
+        config = self.transformer.config
+        call = '["a prompt"]' if self.transformer.conditioner.prompts else "class_labels=[0]"
+        height, width = self.tokenizer.resolution
+        return (
+            "---\nlibrary_name: nextscale\ntags: [next-scale-prediction, image-generation]\n---\n"
+            f"# A next-scale model, {width}x{height} pixels\n\n"
+            f"- transformer: depth {config.depth}, width {config.resolved_width}, "
+            f"{self.num_parameters(self.transformer) / 1e6:.1f} M parameters\n"
+            f"- tokenizer: {config.codebook_size} codes of {config.codebook_dim} channels, "
+            f"{self.num_parameters(self.tokenizer) / 1e6:.1f} M parameters, "
+            f"scales {self.transformer.schedule}\n\n"
+            "```python\nimport nextscale as ns\n\n"
+            f'pipe = ns.NextScalePipeline.from_pretrained("PATH")\nimages = pipe({call}).images\n```\n'
+        )
+
+    @staticmethod
+    def num_parameters(module: torch.nn.Module) -> int:
+        """Parameters of a module."""
+        return sum(p.numel() for p in module.parameters())
+
+    # ---- placement ---------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype in which transformer, encoder and decoder compute."""
+        return self.transformer.head.weight.dtype
+
+    @property
+    def scales(self) -> list[tuple[int, int]]:
+        """(height, width) of the token map of every scale, coarse to fine."""
+        return list(self.transformer.schedule.sides)
+
+    def to(
+        self, device: str | torch.device | None = None, dtype: str | torch.dtype = "auto"
+    ) -> NextScalePipeline:
+        """Move and cast; the quantizer stays float32. Returns self.
+
+        Args:
+            device: None: CUDA if there is one, else the CPU.
+            dtype: "auto" (bf16 on CUDA and on CPUs with AMX, else float32), or a dtype or its name.
+        """
+        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        resolved = resolve_dtype(dtype, target)
+        self.transformer.to(target, resolved)
+        self.tokenizer.to(target).to_dtype(resolved)
+        return self
+
+    # ---- adapters ----------------------------------------------------------------------------
+
+    def load_lora(self, path: str | Path, scale: float = 1.0) -> None:
+        """Add a LoRA to the transformer (trained by `nextscale train var --lora_rank`).
+
+        Args:
+            path: Folder with adapter_config.json and adapter_model.safetensors.
+            scale: Strength; 0 is the base model.
+
+        Raises:
+            UserError: If it was trained on another base (by fingerprint), or one is loaded already.
+        """
+        from nextscale.var.lora import load_lora
+
+        if self._lora is not None:
+            raise UserError("a LoRA is loaded; call unload_lora() first")
+        self._lora = load_lora(self.transformer, path, scale)
+
+    def unload_lora(self) -> None:
+        """Take the LoRA off; the weights are the base's again."""
+        if self._lora is not None:
+            self._lora.unload()
+            self._lora = None
+
+    def fuse_lora(self) -> None:
+        """Add the LoRA into the weights, for speed; it cannot be unloaded afterwards."""
+        if self._lora is None:
+            raise UserError("no LoRA is loaded; call load_lora(path) first")
+        self._lora.merge_and_unload()
+        self._lora = None
+
+    # ---- generation --------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        *,
+        class_labels: int | str | list[int] | list[str] | Tensor | None = None,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        guidance_scale: float | tuple[float, ...] | None = None,
+        guidance_schedule: Literal["linear", "constant"] | None = None,
+        guidance_end: int | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        temperature: float | tuple[float, ...] | None = None,
+        more_smooth: bool | None = None,
+        seed: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        batch_size: int | None = None,
+        output_type: OutputType = "pil",
+        return_scales: bool = False,
+        callback: Callable[[int, ScaleStep], None] | None = None,
+        progress: bool = False,
+        **unknown: Any,
+    ) -> PipelineOutput:
+        """Generate pictures of prompts or class labels: exactly one of the two.
+
+        Settings left at None come from the model's `generation_config.json`.
+
+        Args:
+            prompt: One or several.
+            class_labels: Numbers or names, one or several.
+            negative_prompt: What guidance moves away from; one for all or one per prompt.
+            num_images_per_prompt: Pictures per prompt or label.
+            guidance_scale: g in u + g (c - u); 1.0 is off. The official `cfg=1.5` is 2.5 here.
+            guidance_schedule: linear (ramp over the scales) or constant.
+            guidance_end: Guidance is off from this scale on.
+            top_k: Most likely codes kept; 0 is off.
+            top_p: Probability mass kept, in (0, 1]; 1.0 is off.
+            temperature: Positive.
+            more_smooth: Gumbel-softmax mixing of codes.
+            seed: Image i draws from `seed + i`; None: random, returned in `seeds`.
+            generator: Instead of `seed`: one that draws the base seed, or a list, one per image,
+                each of which draws its image's seed.
+            batch_size: Split the call into batches; the draws do not change.
+            output_type: "pil", "pt" or "np".
+            return_scales: Also decode the picture after every scale.
+            callback: Called with (index of the first image of the batch, step) after every scale.
+            progress: Show a bar over images.
+            unknown: Refused with an explanation.
+
+        Raises:
+            UserError: For a bad value.
+            TypeError: For an unknown keyword.
+        """
+        if unknown:
+            raise TypeError(_explain_unknown(unknown))
+        conditions = self._conditions(prompt, class_labels)
+        if num_images_per_prompt < 1:
+            raise UserError(f"num_images_per_prompt must be 1 or more, got {num_images_per_prompt}")
+        if batch_size is not None and batch_size < 1:
+            raise UserError(f"batch_size must be 1 or more, got {batch_size}")
+        if output_type not in ("pil", "pt", "np"):
+            raise UserError(f'output_type must be pil, pt or np, got "{output_type}"')
+        settings = self.settings(
+            guidance_scale=guidance_scale,
+            guidance_schedule=guidance_schedule,
+            guidance_end=guidance_end,
+            top_k=top_k,
+            top_p=top_p,
+            temperature=temperature,
+            more_smooth=more_smooth,
+        )
+        count = len(conditions) * num_images_per_prompt
+        seeds = image_seeds(seed, generator, count)
+        ids = self.transformer.conditioner.tokenize(conditions)
+        ids = ids.repeat_interleave(num_images_per_prompt, 0)
+        negative_ids = self._negative(negative_prompt, len(conditions), num_images_per_prompt)
+        size = batch_size or count
+        images, tokens, previews = [], [], []
+        for start in _progress(range(0, count, size), progress):
+            rows = slice(start, min(start + size, count))
+            steps = self.stream(
+                ids[rows],
+                settings,
+                seeds=seeds[rows],
+                negative_ids=None if negative_ids is None else negative_ids[rows],
+            )
+            parts, latents = [], []
+            for step in steps:
+                parts.append(step.tokens)
+                latents.append(step.f_hat)
+                if callback is not None:
+                    callback(start, step)
+            tokens.append(torch.cat(parts, dim=1).cpu())
+            images.append(self.decode(latents[-1]))
+            if return_scales:
+                previews.append([self.decode(f_hat) for f_hat in latents])
+        scales = [torch.cat(parts) for parts in zip(*previews, strict=True)] or None
+        return PipelineOutput(
+            _convert(torch.cat(images), output_type), torch.cat(tokens), seeds, scales
+        )
+
+    @torch.no_grad()
+    def stream(
+        self,
+        ids: Tensor,
+        settings: SamplingConfig,
+        *,
+        seeds: Sequence[int],
+        negative_ids: Tensor | None = None,
+        forcing: Forcing | None = None,
+    ) -> Iterator[ScaleStep]:
+        """The steps of one batch, for those who want every scale (see `nextscale.var.sample`).
+
+        Args:
+            ids: From `transformer.conditioner.tokenize`, one row per image.
+            settings: How to draw.
+            seeds: One per image.
+            negative_ids: Rows of the guidance's other side; None: the null condition.
+            forcing: Tokens that replace drawn ones.
+        """
+        model = self.transformer
+        negative = None if negative_ids is None else model.condition(negative_ids)
+        return sample(
+            model,
+            self.tokenizer,
+            model.condition(ids),
+            settings,
+            seeds=seeds,
+            negative=negative,
+            forcing=forcing,
+        )
+
+    @torch.no_grad()
+    def edit(
+        self,
+        images: Tensor,
+        *,
+        box: tuple[float, float, float, float],
+        mode: Literal["inpaint", "outpaint"] = "inpaint",
+        prompt: str | list[str] | None = None,
+        class_labels: int | str | list[int] | list[str] | None = None,
+        seed: int | None = None,
+        output_type: OutputType = "pil",
+        **settings: Any,
+    ) -> PipelineOutput:
+        """Zero-shot editing by token forcing (next-scale.md 3.3).
+
+        Without prompt and label the null condition fills the hole from its surroundings, and
+        guidance has no effect.
+
+        Args:
+            images: float [B, 3, H, W] in [0, 1], at the model's resolution.
+            box: (top, left, bottom, right), fractions of the side in [0, 1].
+            mode: inpaint replaces the inside of the box, outpaint the outside.
+            prompt: What the result shows, one for all or one per image.
+            class_labels: Likewise for class-conditional models.
+            seed: As in the call.
+            output_type: As in the call.
+            settings: Sampling settings as in the call.
+        """
+        count = len(images)
+        model = self.transformer
+        if prompt is None and class_labels is None:
+            ids = model.conditioner.null(count)
+        else:
+            conditions = self._conditions(prompt, class_labels)
+            if len(conditions) not in (1, count):
+                raise UserError(f"{len(conditions)} prompts or labels for {count} images")
+            ids = model.conditioner.tokenize(conditions)
+            ids = ids.repeat_interleave(count, 0) if len(ids) != count else ids
+        schedule = self.tokenizer.schedule
+        source = self.tokenizer.encode(images.to(self.device) * 2 - 1)
+        forcing = keep_tokens(schedule, source, box_mask(schedule, box, mode))
+        seeds = image_seeds(seed, None, count)
+        steps = list(self.stream(ids, self.settings(**settings), seeds=seeds, forcing=forcing))
+        pictures = _convert(self.decode(steps[-1].f_hat), output_type)
+        return PipelineOutput(pictures, torch.cat([s.tokens for s in steps], 1).cpu(), seeds)
+
+    def decode(self, f_hat: Tensor) -> Tensor:
+        """float32 images in [0, 1] of an accumulated latent."""
+        return (self.tokenizer.decode_latents(f_hat) + 1) / 2
+
+    def settings(self, **given: Any) -> SamplingConfig:
+        """The model's generation settings with those replaced that are not None."""
+        known = {f.name for f in fields(SamplingConfig)}
+        if unknown := set(given) - known:
+            raise TypeError(_explain_unknown(dict.fromkeys(unknown)))
+        return replace(self.generation, **{k: v for k, v in given.items() if v is not None})
+
+    def _conditions(self, prompt: Any, class_labels: Any) -> list[Any]:
+        """The list of prompts or labels, after checking that it is what the model takes."""
+        if (prompt is None) == (class_labels is None):
+            raise UserError("pass exactly one of prompt and class_labels")
+        takes_prompts = self.transformer.conditioner.prompts
+        if takes_prompts != (prompt is not None):
+            wanted, got = ("prompt", "class_labels") if takes_prompts else ("class_labels", "prompt")
+            raise UserError(f"this model takes {wanted}, got {got}")
+        given = prompt if prompt is not None else class_labels
+        if isinstance(given, Tensor):
+            given = given.tolist()
+        conditions = [given] if isinstance(given, str | int) else list(given)
+        if not conditions:
+            raise UserError("the list of prompts or class labels is empty; pass at least one")
+        return conditions
+
+    def _negative(self, prompt: Any, count: int, repeats: int) -> Tensor | None:
+        if prompt is None:
+            return None
+        conditioner = self.transformer.conditioner
+        if not conditioner.prompts:
+            raise UserError("negative_prompt needs a model that takes prompts")
+        prompts = [prompt] * count if isinstance(prompt, str) else list(prompt)
+        if len(prompts) != count:
+            raise UserError(f"{len(prompts)} negative prompts for {count} prompts")
+        return conditioner.tokenize(prompts).repeat_interleave(repeats, 0)
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """A torch dtype from "auto" or a name.
+
+    Raises:
+        UserError: For a name that is no floating-point dtype.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        amx = device.type == "cpu" and torch.cpu.get_capabilities().get("amx_tile", False)
+        return torch.bfloat16 if device.type == "cuda" or amx else torch.float32
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in names:
+        raise UserError(f'dtype must be auto, {", ".join(names)}, got "{dtype}"')
+    return names[dtype]
+
+
+def image_seeds(
+    seed: int | None,
+    generator: torch.Generator | list[torch.Generator] | None,
+    count: int,
+) -> list[int]:
+    """One seed per image (design: image i draws from seed + i).
+
+    Raises:
+        UserError: If both are given, a list has the wrong length, or a seed is out of range.
+    """
+    if seed is not None and generator is not None:
+        raise UserError("pass seed or generator, not both")
+    if isinstance(generator, list):
+        if len(generator) != count:
+            raise UserError(f"{len(generator)} generators for {count} images; pass one per image")
+        return [_draw_seed(g) for g in generator]
+    if generator is not None:
+        seed = _draw_seed(generator) // 2
+    if seed is None:
+        seed = random_seed()
+    if not 0 <= seed <= MAX_SEED - count:
+        raise UserError(
+            f"seed {seed} is out of range: image i uses seed + i, which must lie in [0, 2^32)"
+        )
+    return list(range(seed, seed + count))
+
+
+def _draw_seed(generator: torch.Generator) -> int:
+    return int(torch.randint(MAX_SEED, (), generator=generator, device=generator.device))
+
+
+def _convert(images: Tensor, output_type: OutputType) -> Any:
+    """float [B, 3, H, W] in [0, 1] -> what the caller asked for; 8 bits are rounded."""
+    if output_type == "pt":
+        return images.cpu()
+    array = images.permute(0, 2, 3, 1).cpu().numpy()
+    return array if output_type == "np" else to_pil(array)
+
+
+def to_pil(array: np.ndarray) -> list[Image.Image]:
+    """PIL images of float [n, H, W, 3] in [0, 1], rounded to 8 bits."""
+    from PIL import Image
+
+    return [Image.fromarray(picture) for picture in (array * 255).round().astype(np.uint8)]
+
+
+def _progress(batches: range, show: bool) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(batches, unit="batch", disable=not show)
+
+
+def _explain_unknown(unknown: dict[str, Any]) -> str:
+    hints = {
+        "num_inference_steps": "the number of scales is the model's (pipe.scales)",
+        "cfg": "use guidance_scale; the official cfg=1.5 is guidance_scale=2.5",
+        "height": "the model has one resolution",
+        "width": "the model has one resolution",
+        "conditioning_scale": "use control_scale",
+    }
+    return "; ".join(
+        f"unknown argument {name}" + (f": {hints[name]}" if name in hints else "")
+        for name in unknown
+    )
+
+
+__all__ = ["NextScalePipeline", "PipelineOutput", "image_seeds", "resolve_dtype", "to_pil"]

@@ -1,0 +1,458 @@
+"""`nextscale train var`: token maps and conditions -> a next-scale transformer."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nextscale import storage
+from nextscale.data import captions as scenes_grammar
+from nextscale.data.config import DataConfig, open_dataset
+from nextscale.data.images import to_float
+from nextscale.data.sources import ImageSource
+from nextscale.errors import UserError
+from nextscale.streams import stream
+from nextscale.tokenizers import MultiscaleVQ
+from nextscale.tokenizers.token_maps import TokenMaps, is_token_maps
+from nextscale.training import FitResult, TrainingConfig, fit, save_grid
+from nextscale.var.conditioning import (
+    ClassConditioner,
+    Conditioner,
+    PretrainedTextConditioner,
+    WordConditioner,
+    WordEncoderConfig,
+    split_words,
+)
+from nextscale.var.lora import DEFAULT_TARGETS, add_lora, save_lora
+from nextscale.var.sampling import SamplingConfig, sample
+from nextscale.var.transformer import NextScaleTransformer, TransformerConfig, initialize
+
+logger = logging.getLogger(__name__)
+Evaluate = Callable[[NextScaleTransformer, MultiscaleVQ, int], Mapping[str, float]]
+
+# Tensors besides 1-D ones that weight decay leaves alone (next-scale.md section 4).
+_NOT_DECAYED = ("start", "position", "scale_embedding.weight", "modulation_offset", "log_scale")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerTrainingConfig(TrainingConfig, DataConfig):
+    """Settings of `nextscale train var`; `dataset` may also be a folder of `nextscale encode`."""
+
+    tokenizer: str = "scenes"
+    """Tokenizer: a bundled model, a model folder or hub id, or a folder of `train tokenizer`."""
+    transformer: TransformerConfig = field(default_factory=TransformerConfig)
+    """Size of a new transformer; scales and codebook come from the tokenizer."""
+    model: str | None = None
+    """Fine-tune this model instead (bundled name, folder or hub id; it brings its tokenizer)."""
+    conditioning: str = "auto"
+    """class, caption, or auto: captions if the dataset has them, else classes."""
+    words: WordEncoderConfig = field(default_factory=WordEncoderConfig)
+    """Learned caption encoder."""
+    text_encoder: str | None = None
+    """A frozen transformers text encoder instead (hub id or folder)."""
+
+    label_dropout: float = 0.1
+    """Share of examples whose condition is replaced by "none", for guidance; training only."""
+    label_smoothing: float = 0.0
+    """Label smoothing of the cross-entropy."""
+    input_noise: float = 0.0
+    """Share of tokens replaced by random codes in the inputs (not the targets); ours, for
+    robustness against the model's own mistakes; 0 is the paper."""
+    progressive_fraction: float = 0.0
+    """Share of the run over which scales are added one by one (pg of the released code)."""
+    progressive_start: int = 4
+    """Last scale of the first stage (pg0)."""
+    progressive_warmup: int = 100
+    """Steps over which the newest scale's weight rises from 0.01 to 1 (pgwp)."""
+
+    lora_rank: int = 0
+    """Train a LoRA of this rank instead of all weights; needs `model`; 0 = off."""
+    lora_alpha: float | None = None
+    """LoRA scale is alpha / rank; None: alpha = rank."""
+    lora_dropout: float = 0.0
+    """Dropout on the LoRA's input."""
+    lora_target_modules: tuple[str, ...] = DEFAULT_TARGETS
+    """Layers that get a LoRA."""
+
+    num_validation_images: int = 512
+    """Images of the validation split for loss and accuracy."""
+    cache_inputs: bool = False
+    """Keep the transformer inputs of a token-map dataset in memory (bfloat16)."""
+    generation: SamplingConfig = field(
+        default_factory=lambda: SamplingConfig(guidance_scale=3.0, top_k=0, top_p=1.0)
+    )
+    """Settings of the sample grids, stored as the model's defaults."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.conditioning not in ("auto", "class", "caption"):
+            raise UserError(
+                f'conditioning must be auto, class or caption, got "{self.conditioning}"'
+            )
+        if not 0 <= self.label_dropout < 1:
+            raise UserError(f"label_dropout must lie in [0, 1), got {self.label_dropout}")
+        if self.lora_rank and self.model is None:
+            raise UserError("lora_rank needs a base: pass --model NAME or FOLDER")
+
+
+@dataclass
+class _Batch:
+    """Examples on the way to the model; a NamedTuple would lose its name in accelerate."""
+
+    tokens: Tensor
+    inputs: Tensor | None
+    ids: Tensor
+
+
+def train_transformer(
+    config: TransformerTrainingConfig, *, evaluate: Evaluate | None = None, progress: bool = True
+) -> FitResult:
+    """Train or fine-tune a transformer and save the model (or LoRA) in `output_dir/model`.
+
+    Args:
+        config: The run.
+        evaluate: Further validation, (model, tokenizer, step) -> metrics; on every process.
+        progress: Show a bar.
+
+    Returns:
+        The result of the loop; `metrics` holds `val/loss` (nats per token, label dropout off),
+        `val/accuracy` and `val/accuracy_last` (top-1 over all tokens and the last scale).
+    """
+    tokenizer, base, generation = _load_models(config)
+    examples = _open_examples(config, tokenizer, "train")
+    validation = _open_examples(config, tokenizer, "validation")
+    model = base if base is not None else _new_model(config, tokenizer, examples)
+    model = _fit_classes(model, examples)
+    lora = None
+    if config.lora_rank:
+        lora = add_lora(
+            model,
+            rank=config.lora_rank,
+            alpha=config.lora_alpha,
+            dropout=config.lora_dropout,
+            targets=config.lora_target_modules,
+        )
+    examples.conditioner = validation.conditioner = model.conditioner
+    schedule = model.schedule
+    scale_index = schedule.scale_index()
+
+    def load_batch(indices: np.ndarray, step: int) -> dict[str, Tensor | None]:
+        batch = examples.load(indices, step)
+        noise = [torch.rand(1, generator=stream(config.seed, step, int(i))) for i in indices]
+        dropped = torch.cat(noise) < config.label_dropout
+        null = model.conditioner.null(len(indices))
+        shape = (-1,) + (1,) * (batch.ids.ndim - 1)
+        ids = torch.where(dropped.view(shape), null, batch.ids)
+        return {"tokens": batch.tokens, "inputs": batch.inputs, "ids": ids}
+
+    def losses(
+        modules: Mapping[str, nn.Module], batch: dict[str, Tensor], step: int
+    ) -> Iterator[tuple[str, Tensor, Mapping[str, float | Tensor]]]:
+        tokens, inputs = batch["tokens"], batch["inputs"]
+        if inputs is None or config.input_noise:
+            noisy = _replace_some(tokens, config.input_noise, tokenizer.config.codebook_size)
+            inputs = tokenizer.teacher_inputs(noisy)
+        scales, newest = _progress_at(config, step, schedule.num_scales)
+        length = schedule.slices[scales - 1].stop
+        inputs = inputs[:, : length - schedule.lengths[0]]
+        logits = modules["transformer"](inputs, ids=batch["ids"], num_scales=scales)
+        entropy = F.cross_entropy(
+            logits.flatten(0, 1).float(),
+            tokens[:, :length].flatten(),
+            label_smoothing=config.label_smoothing,
+            reduction="none",
+        ).view(len(tokens), length)
+        weights = torch.where(scale_index[:length] == scales - 1, newest, 1.0).to(entropy.device)
+        loss = (entropy * weights).sum(dim=1).mean() / schedule.num_tokens
+        with torch.no_grad():
+            hits = (logits.argmax(-1) == tokens[:, :length]).float()
+        yield "transformer", loss, {"accuracy": hits.mean()}
+
+    def validate(modules: Mapping[str, nn.Module], step: int) -> dict[str, float]:
+        network = modules["transformer"]
+        assert isinstance(network, NextScaleTransformer)
+        report = _measure(network, tokenizer, validation, config)
+        _save_samples(network, tokenizer, validation, config, step)
+        if evaluate is not None:
+            report |= evaluate(network, tokenizer, step)
+        return report
+
+    modules: dict[str, nn.Module] = {"transformer": model, "tokenizer": tokenizer}
+    result = fit(
+        config,
+        modules=modules,
+        optimizers={"transformer": _adamw(model, config)},
+        load_batch=load_batch,
+        dataset_size=len(examples),
+        losses=losses,
+        validate=validate,
+        progress=progress,
+    )
+    final = result.ema_modules.get("transformer", model)
+    assert isinstance(final, NextScaleTransformer)
+    folder = Path(config.output_dir) / "model"
+    if lora is not None:
+        settings = {
+            "rank": config.lora_rank,
+            "alpha": config.lora_alpha,
+            "target_modules": list(config.lora_target_modules),
+        }
+        save_lora(final, folder, settings)
+    else:
+        save_model(folder, tokenizer, final, generation or config.generation)
+    return result
+
+
+def save_model(
+    folder: Path, tokenizer: MultiscaleVQ, model: NextScaleTransformer, generation: SamplingConfig
+) -> None:
+    """Write the model's folder as `NextScalePipeline.from_pretrained` reads it."""
+    from dataclasses import asdict
+
+    with storage.replace_folder(folder) as target:
+        tokenizer.save_pretrained(target / "tokenizer")
+        model.save_pretrained(target)
+        index = {"tokenizer": "MultiscaleVQ", "transformer": "NextScaleTransformer"}
+        for name, cls, values in (
+            ("model_index.json", "NextScalePipeline", index),
+            ("generation_config.json", "SamplingConfig", asdict(generation)),
+        ):
+            storage.write_json(target / name, {"format_version": 1, "class": cls, **values})
+
+
+class _Examples:
+    """Tokens and condition ids by index, from images (tokenized on the fly) or token maps."""
+
+    def __init__(
+        self, source: ImageSource | TokenMaps, tokenizer: MultiscaleVQ, cache_inputs: bool
+    ) -> None:
+        self.source, self.tokenizer = source, tokenizer
+        self.conditioner: Conditioner | None = None
+        self._inputs: Tensor | None = None
+        if cache_inputs and isinstance(source, TokenMaps):
+            parts = []
+            for start in range(0, len(source), 1024):
+                indices = np.arange(start, min(start + 1024, len(source)))
+                parts.append(tokenizer.teacher_inputs(source.load(indices)[0]).to(torch.bfloat16))
+            self._inputs = torch.cat(parts)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def load(self, indices: np.ndarray, step: int = 0) -> _Batch:
+        if isinstance(self.source, TokenMaps):
+            tokens, labels, captions = self.source.load(indices)
+        else:
+            batch = self.source.load(indices, step=step)
+            device = self.tokenizer.quant_conv.weight.device
+            tokens = self.tokenizer.encode(to_float(batch.images).to(device)).cpu()
+            labels, captions = batch.labels, batch.captions
+        assert self.conditioner is not None
+        conditions = captions if self.conditioner.prompts else labels
+        if conditions is None:
+            kind = "captions" if self.conditioner.prompts else "class labels"
+            raise UserError(f"the model needs {kind}, the dataset has none")
+        inputs = None if self._inputs is None else self._inputs[torch.as_tensor(indices)]
+        return _Batch(tokens, inputs, self.conditioner.tokenize(list(conditions)))
+
+
+def _load_models(
+    config: TransformerTrainingConfig,
+) -> tuple[MultiscaleVQ, NextScaleTransformer | None, SamplingConfig | None]:
+    """Frozen tokenizer, the base of a fine-tuning, and its generation settings."""
+    base, generation = None, None
+    if config.model is not None:
+        folder = storage.resolve_model(config.model)
+        base = NextScaleTransformer.from_pretrained(folder)
+        if (folder / "generation_config.json").exists():
+            values = storage.read_config(folder / "generation_config.json", 1, "SamplingConfig")
+            generation = SamplingConfig(**values)
+    else:
+        folder = storage.resolve_model(config.tokenizer)
+    inner = folder / "tokenizer"
+    tokenizer = MultiscaleVQ.from_pretrained(inner if inner.exists() else folder)
+    return tokenizer.requires_grad_(False), base, generation
+
+
+def _open_examples(
+    config: TransformerTrainingConfig, tokenizer: MultiscaleVQ, split: Any
+) -> _Examples:
+    if is_token_maps(config.dataset):
+        maps = TokenMaps(config.dataset, split=split, num_images=config.num_images)
+        maps.check_tokenizer(tokenizer)
+        return _Examples(maps, tokenizer, config.cache_inputs and split == "train")
+    expected = (config.resolution, config.resolution)
+    if tokenizer.resolution != expected:
+        raise UserError(
+            f"resolution {config.resolution} does not fit the tokenizer, which is made for "
+            f"{tokenizer.resolution[0]} x {tokenizer.resolution[1]} pixels"
+        )
+    return _Examples(open_dataset(config, split, seed=config.seed), tokenizer, False)
+
+
+def _new_model(
+    config: TransformerTrainingConfig, tokenizer: MultiscaleVQ, examples: _Examples
+) -> NextScaleTransformer:
+    source = examples.source
+    shape = replace(
+        config.transformer,
+        scales=tokenizer.config.scales,
+        codebook_size=tokenizer.config.codebook_size,
+        codebook_dim=tokenizer.config.codebook_dim,
+    )
+    captions = config.conditioning == "caption"
+    if config.conditioning == "auto":
+        captions = source.has_captions
+    width = shape.resolved_width
+    torch.manual_seed(stream(config.seed).initial_seed())
+    conditioner: Conditioner
+    if captions and config.text_encoder is not None:
+        conditioner = PretrainedTextConditioner(width=width, model=config.text_encoder)
+    elif captions:
+        words = config.words.words or _vocabulary(config, source)
+        settings = replace(config.words, words=tuple(words))
+        conditioner = WordConditioner(width=width, **vars(settings))
+    else:
+        if source.num_classes is None:
+            raise UserError("the dataset has neither captions nor class labels to train on")
+        conditioner = ClassConditioner(
+            width=width, num_classes=source.num_classes, class_names=source.class_names
+        )
+    model = NextScaleTransformer(shape, conditioner)
+    initialize(model)
+    return model
+
+
+def _vocabulary(config: TransformerTrainingConfig, source: ImageSource | TokenMaps) -> list[str]:
+    """The words of the scenes grammar, or those of the first 100,000 training captions."""
+    if config.words.grammar == "scenes":
+        return list(scenes_grammar.VOCABULARY)
+    words: dict[str, None] = {}
+    for start in range(0, min(len(source), 100_000), 1000):
+        indices = np.arange(start, min(start + 1000, len(source)))
+        loaded = source.load(indices)
+        captions = loaded[2] if isinstance(loaded, tuple) else loaded.captions
+        for caption in captions or ():
+            words |= dict.fromkeys(split_words(caption))
+    return sorted(words)
+
+
+def _fit_classes(model: NextScaleTransformer, examples: _Examples) -> NextScaleTransformer:
+    """Give a class-conditional base as many classes as the dataset has."""
+    conditioner, classes = model.conditioner, examples.source.num_classes
+    if not isinstance(conditioner, ClassConditioner) or classes in (None, conditioner.num_classes):
+        return model
+    logger.warning(
+        "the model has %d classes, the dataset %d: the class table starts anew",
+        conditioner.num_classes,
+        classes,
+    )
+    width = model.config.resolved_width
+    model.conditioner = ClassConditioner(
+        width=width, num_classes=classes, class_names=examples.source.class_names
+    )
+    nn.init.trunc_normal_(model.conditioner.embedding.weight, std=math.sqrt(1 / 3 / width))
+    return model
+
+
+def _adamw(model: nn.Module, config: TransformerTrainingConfig) -> torch.optim.Optimizer:
+    decayed: list[Tensor] = []
+    plain: list[Tensor] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            exempt = parameter.ndim == 1 or name.endswith(_NOT_DECAYED)
+            (plain if exempt else decayed).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": decayed},
+        {"params": plain, "decay": False, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
+def _replace_some(tokens: Tensor, share: float, codebook_size: int) -> Tensor:
+    if not share:
+        return tokens
+    random = torch.randint_like(tokens, codebook_size)
+    return torch.where(torch.rand(tokens.shape, device=tokens.device) < share, random, tokens)
+
+
+def _progress_at(
+    config: TransformerTrainingConfig, step: int, num_scales: int
+) -> tuple[int, float]:
+    """Progressive training: (scales to train, weight of the newest) at a step.
+
+    Scales 0..p are trained, p growing linearly from `progressive_start` to K - 1 over
+    `progressive_fraction` of the run after the warm-up; the newest scale's weight rises from 0.01
+    to 1 over `progressive_warmup` steps, except in the first stage.
+    """
+    first = config.progressive_start
+    stages = num_scales - 1 - first
+    span = config.progressive_fraction * config.max_train_steps
+    if span <= 0 or stages <= 0:
+        return num_scales, 1.0
+    since = max(step - config.lr_warmup_steps, 0)
+    stage = min(int(since / span * (stages + 1)), stages)
+    begun = stage * span / (stages + 1)
+    rise = min((since - begun) / max(config.progressive_warmup, 1), 1.0)
+    return first + stage + 1, 1.0 if stage == 0 else 0.01 + 0.99 * rise
+
+
+@torch.no_grad()
+def _measure(
+    model: NextScaleTransformer,
+    tokenizer: MultiscaleVQ,
+    validation: _Examples,
+    config: TransformerTrainingConfig,
+) -> dict[str, float]:
+    """Loss (nats per token), accuracy and per-scale loss on the validation split."""
+    count = min(config.num_validation_images, len(validation))
+    entropies, hits = [], []
+    for start in range(0, count, config.train_batch_size):
+        indices = np.arange(start, min(start + config.train_batch_size, count))
+        batch = validation.load(indices)
+        tokens = batch.tokens.to(model.device)
+        logits = model(tokenizer.teacher_inputs(tokens), ids=batch.ids.to(model.device))
+        entropies.append(F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none"))
+        hits.append((logits.argmax(-1) == tokens).float())
+    entropy, hit = torch.cat(entropies).mean(0), torch.cat(hits).mean(0)
+    last = model.schedule.slices[-1]
+    report = {
+        "loss": entropy.mean().item(),
+        "accuracy": hit.mean().item(),
+        "accuracy_last": hit[last].mean().item(),
+    }
+    for k, where in enumerate(model.schedule.slices):
+        report[f"loss_{k}"] = entropy[where].mean().item()
+    return report
+
+
+def _save_samples(
+    model: NextScaleTransformer,
+    tokenizer: MultiscaleVQ,
+    validation: _Examples,
+    config: TransformerTrainingConfig,
+    step: int,
+) -> None:
+    """A grid of 16 pictures of validation conditions at fixed seeds."""
+    ids = validation.load(np.arange(min(16, len(validation)))).ids
+    seeds = list(range(len(ids)))
+    condition = model.condition(ids)
+    *_, last = sample(model, tokenizer, condition, config.generation, seeds=seeds)
+    pictures = (tokenizer.decode_latents(last.f_hat) + 1) / 2
+    save_grid(pictures.cpu(), Path(config.output_dir) / "samples" / f"step_{step:08d}.png")
