@@ -1,6 +1,6 @@
 """The convolutional encoder and decoder (VQGAN, arXiv 2012.09841, as released with VAR).
 
-Module names follow the released checkpoint `vae_ch160v4096z32.pth`, so its tensors load as they are.
+Module names follow the released checkpoint `vae_ch160v4096z32.pth`: its tensors load as they are.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class ResBlock(nn.Module):
         self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        """[b, c_in, h, w] -> [b, c_out, h, w]."""
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
         return self.nin_shortcut(x) + h
@@ -45,6 +46,7 @@ class AttentionBlock(nn.Module):
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[b, c, h, w] -> [b, c, h, w]."""
         b, c, h, w = x.shape
         q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, dim=-1)
         y = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
@@ -59,6 +61,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[b, c, h, w] -> [b, c, h / 2, w / 2]."""
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
@@ -70,6 +73,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[b, c, h, w] -> [b, c, 2 h, 2 w]."""
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
@@ -133,6 +137,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(width, latent_channels, 3, padding=1)
 
     def forward(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
+        """Latents of images in [-1, 1], before `quant_conv`."""
         h = self.conv_in(images)
         for level in self.down:
             assert isinstance(level, nn.ModuleDict)
@@ -178,6 +183,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
 
     def forward(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
+        """Images of latents that went through `post_quant_conv`."""
         h = self.conv_in(latents)
         for block in self.mid.values():
             h = block(h)

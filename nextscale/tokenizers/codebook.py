@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ USAGE_DECAY = 0.99
 
 
 def codebook_perplexity(counts: Tensor) -> float:
-    """exp of the entropy (nats) of the code histogram: V if all codes are used equally."""
+    """Perplexity, exp of the entropy in nats of the code histogram: V if all are used equally."""
     share = counts.float() / counts.sum()
     return float(torch.exp(-(share * share.clamp_min(1e-12).log()).sum()))
 
@@ -45,7 +46,8 @@ def revive(
     """Move codes that no scale uses onto vectors of the batch; returns how many.
 
     They go to the scales that use the fewest different codes: without that the coarse scales, with
-    few tokens per image, starve.
+    few tokens per image, starve. If all codes are in use and some scale still uses less than half
+    of them, it gets the 1/64 of the codebook that is used least.
 
     Args:
         quantizer: Its codebook and usage change in place.
@@ -54,20 +56,30 @@ def revive(
         generator: CPU generator, the same on every process.
         optimizer: Its moments of the moved codes are set to zero.
     """
-    dead = torch.nonzero(quantizer.usage.amax(dim=0) < threshold).flatten()
-    if not len(dead):
-        return 0
-    share = (quantizer.usage > threshold / 10).float().mean(dim=1).cpu()
+    usage = quantizer.usage
+    share = (usage > threshold / 10).float().mean(dim=1).cpu()
     weights = (1 - share).square() + 1e-3
+    dead = torch.nonzero(usage.amax(dim=0) < threshold).flatten()
+    if not len(dead):
+        poorest = int(share.argmin())
+        if share[poorest] >= 0.5:
+            return 0
+        elsewhere = usage.sum(dim=0) + 1e3 * (usage[poorest] > threshold / 10)
+        dead = elsewhere.argsort()[: max(len(elsewhere) // 64, 1)]
+        weights = torch.nn.functional.one_hot(share.argmin(), len(share)).float()
     chosen = torch.multinomial(weights, len(dead), replacement=True, generator=generator)
     picks = torch.rand(len(dead), generator=generator)
     vectors = torch.stack(
-        [residuals[k][int(u * len(residuals[k]))] for k, u in zip(chosen.tolist(), picks, strict=True)]
+        [
+            residuals[k][int(u * len(residuals[k]))]
+            for k, u in zip(chosen.tolist(), picks, strict=True)
+        ]
     )
     vectors = _from_main_process(vectors)
     weight = quantizer.codebook.weight
     weight[dead] = vectors.to(weight)
-    quantizer.usage[chosen.to(dead.device), dead] = 1.0  # a grace period
+    usage[:, dead] = 0
+    usage[chosen.to(dead.device), dead] = 1.0  # a grace period
     state = optimizer.state.get(weight, {}) if optimizer is not None else {}
     for name in ("exp_avg", "exp_avg_sq"):
         if name in state:
@@ -101,7 +113,9 @@ def entropy_loss(
     """Mean over scales of E[H(p)] - H(E[p]), p = softmax(-|z - e|^2 / (temperature mean|e|^2)).
 
     (MAGVIT-v2, arXiv 2310.05737, equation 5, applied to each scale apart.) Gradients reach the
-    latents through A_k(f) with the coarser scales' contributions held fixed.
+    latents through A_k(f) with the coarser scales' contributions held fixed. A scale with n < V
+    tokens in the batch counts n / V: so few samples look even when they share a handful of codes,
+    and the first term then draws them together (it collapsed scale 0 without this weight).
     """
     codes = quantizer.codebook.weight
     sharpness = 1 / (temperature * codes.detach().square().sum(1).mean().clamp_min(1e-6))
@@ -113,7 +127,8 @@ def entropy_loss(
         log_p = F.log_softmax(-torch.cdist(z, codes).square() * sharpness, dim=1)
         mean = log_p.exp().mean(dim=0)
         sample = -(log_p.exp() * log_p).sum(dim=1).mean()
-        total = total + sample + (mean * mean.clamp_min(1e-12).log()).sum()
+        term = sample + (mean * mean.clamp_min(1e-12).log()).sum()
+        total = total + min(1.0, len(z) / len(codes)) * term
     return total / schedule.num_scales
 
 
@@ -133,9 +148,7 @@ def kmeans_start(
     filled = 0
     for k in range(scales):
         end = size if k == scales - 1 else (k + 1) * size // scales
-        for index, (vectors, _, _) in enumerate(quantizer.residuals(latents, schedule)):
-            if index == k:
-                break
+        vectors, _, _ = next(islice(quantizer.residuals(latents, schedule), k, None))
         weight[filled:end] = _kmeans(vectors, end - filled, generator, iterations)
         weight[end:] = weight[filled]  # unreachable duplicates until their turn
         filled = end

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,8 @@ def read_official(
     if isinstance(source, str | Path):
         path = Path(source)
         load = storage.read_tensors if path.suffix == ".safetensors" else storage.read_pickle
-        content, label = load(path), str(path)
+        content: Any = load(path)
+        label = str(path)
     else:
         content, label = source, "the state dict"
     if isinstance(content, Mapping) and isinstance(content.get("trainer"), Mapping):
@@ -70,6 +72,10 @@ def read_tokenizer(
     if scales is None:
         raise UserError("the tokenizer file does not tell its scales; pass scales=(1, 2, 3, ...)")
 
+    for key in ("encoder.conv_in", "encoder.down.0.block.0.conv1", "quant_conv"):
+        if f"{key}.weight" not in official:
+            raise UserError(f'the file is no complete VAR tokenizer: "{key}.weight" is missing')
+
     def count(pattern: str) -> int:
         return len({m[1] for key in official if (m := re.match(pattern, key))})
 
@@ -97,7 +103,19 @@ def read_tokenizer(
 
 
 def to_official(tokenizer: MultiscaleVQ) -> dict[str, Tensor]:
-    """The state dict of our tokenizer under the released names."""
+    """The state dict of our tokenizer under the released names.
+
+    Raises:
+        UserError: If it has settings that the released format, which stores none, cannot tell.
+    """
+    released = TokenizerConfig()
+    for name in ("norm_groups", "phi_ratio", "cosine"):
+        value = getattr(tokenizer.config, name)
+        if value != getattr(released, name):
+            raise UserError(
+                f"the released format has {name} {getattr(released, name)} and no place for "
+                f"another; this tokenizer has {value}"
+            )
     state = tokenizer.state_dict()
     for ours, theirs in _RENAMES:
         state = {k.replace(ours, theirs, 1): v for k, v in state.items()}

@@ -41,6 +41,7 @@ class PhiConv(nn.Conv2d):
         self.ratio = ratio
 
     def forward(self, input: Tensor) -> Tensor:
+        """[b, Z, h, w] -> [b, Z, h, w]."""
         return input.mul(1 - self.ratio) + super().forward(input).mul(self.ratio)
 
 
@@ -99,6 +100,7 @@ class MultiscaleQuantizer(nn.Module):
 
     @property
     def codebook_size(self) -> int:
+        """V."""
         return self.codebook.num_embeddings
 
     def lookup(self, tokens: Int[Tensor, "*n"]) -> Float[Tensor, "*n c"]:
@@ -188,7 +190,11 @@ class MultiscaleQuantizer(nn.Module):
             return torch.cat([tokens for _, tokens, _ in self.residuals(f, schedule)], dim=1)
 
     def forward(
-        self, f: Float[Tensor, "b c h w"], schedule: ScaleSchedule, *, num_scales: Tensor | None = None
+        self,
+        f: Float[Tensor, "b c h w"],
+        schedule: ScaleSchedule,
+        *,
+        num_scales: Int[Tensor, " b"] | None = None,
     ) -> QuantizerOutput:
         """Training forward (next-scale.md 1.5).
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import overload
 
 import torch
@@ -61,7 +62,7 @@ class ScaleSchedule:
     def slices(self) -> tuple[slice, ...]:
         """Where each scale lies in the sequence of L tokens."""
         starts = [sum(self.lengths[:k]) for k in range(self.num_scales + 1)]
-        return tuple(slice(a, b) for a, b in zip(starts[:-1], starts[1:], strict=True))
+        return tuple(slice(a, b) for a, b in pairwise(starts))
 
     def split(self, tokens: Tensor, dim: int = 1) -> list[Tensor]:
         """Cut the token axis of length L into K pieces.

@@ -109,7 +109,7 @@ class MultiscaleVQ(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """dtype in which encoder and decoder compute."""
+        """The dtype in which encoder and decoder compute."""
         return self.quant_conv.weight.dtype
 
     def to_dtype(self, dtype: torch.dtype) -> MultiscaleVQ:
@@ -119,16 +119,19 @@ class MultiscaleVQ(nn.Module):
         return self
 
     def latents(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
-        """f = quant_conv(encoder(images)), float32; images in [-1, 1], sides multiples of stride.
+        """The latents f = quant_conv(encoder(images)), float32, of images in [-1, 1].
 
         Raises:
-            UserError: If the images have another shape.
+            UserError: If they are no floats, or their sides no multiples of the stride.
         """
-        if images.ndim != 4 or images.shape[1] != 3 or any(s % self.config.stride for s in images.shape[2:]):
+        stride = self.config.stride
+        if images.ndim != 4 or images.shape[1] != 3 or any(s % stride for s in images.shape[2:]):
             raise UserError(
-                f"images must be [b, 3, H, W] with sides divisible by {self.config.stride}, "
+                f"images must be [b, 3, H, W] with sides divisible by {stride}, "
                 f"got {tuple(images.shape)}; resize them first"
             )
+        if not images.is_floating_point():
+            raise UserError(f"images must be floats in [-1, 1], got {images.dtype}; scale them")
         return self.quant_conv(self.encoder(images.to(self.dtype))).float()
 
     @torch.no_grad()
@@ -168,8 +171,10 @@ class MultiscaleVQ(nn.Module):
     ) -> Float[Tensor, "b u c"]:
         """The transformer's inputs of scales 1..K-1: A_{k+1}(F_k), [B, L - n_0^2, Z], float32."""
         schedule = as_schedule(scales) or self.schedule
-        inputs = [x.flatten(2).transpose(1, 2) for _, x in self.quantizer.accumulate(tokens, schedule)]
-        return torch.cat(inputs[:-1], dim=1)
+        steps = self.quantizer.accumulate(tokens, schedule)
+        inputs = [following.flatten(2).transpose(1, 2) for _, following in steps]
+        # The last step's map is the picture's; its empty slice keeps one scale alone well-defined.
+        return torch.cat([*inputs[:-1], inputs[-1][:, :0]], dim=1)
 
     def forward(
         self,

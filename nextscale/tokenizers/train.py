@@ -95,8 +95,8 @@ def train_tokenizer(config: TokenizerTrainingConfig, *, progress: bool = True) -
         The result of the loop; `metrics` holds `val/psnr` (dB), `val/usage` (share of codes used)
         and per scale k `val/codes_k` (distinct codes) and `val/perplexity_k`.
     """
-    tokenizer = MultiscaleVQ(config.tokenizer)
     torch.manual_seed(stream(config.seed).initial_seed())
+    tokenizer = MultiscaleVQ(config.tokenizer)
     initialize(tokenizer)
     if tokenizer.resolution != (config.resolution, config.resolution):
         raise UserError(

@@ -20,7 +20,7 @@ def attend(
     k: Float[Tensor, "b n s e"],
     v: Float[Tensor, "b n s e"],
     *,
-    mask: Bool[Tensor, "..."] | None = None,
+    mask: Bool[Tensor, "*broadcast"] | None = None,
     scale: float,
     backend: Backend = "sdpa",
 ) -> Float[Tensor, "b n t e"]:
@@ -47,9 +47,7 @@ def attend(
             assert mask is not None
             return torch.where(_entry(mask, b, i, j), score, -float("inf"))
 
-        out = flex_attention(
-            q, k, v, score_mod=None if mask is None else score_mod, scale=scale
-        )
+        out = flex_attention(q, k, v, score_mod=None if mask is None else score_mod, scale=scale)
         assert isinstance(out, Tensor)
         return out
     if backend == "xformers":
@@ -61,7 +59,8 @@ def attend(
         try:
             from xformers.ops import memory_efficient_attention  # pyright: ignore
         except ImportError as error:
-            raise missing_extra("the attention backend xformers needs xformers", "xformers") from error
+            need = "the attention backend xformers needs xformers"
+            raise missing_extra(need, "xformers") from error
         bias = None
         if mask is not None:
             zeros = torch.zeros(mask.shape, dtype=q.dtype, device=q.device)

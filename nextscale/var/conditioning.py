@@ -100,6 +100,7 @@ class ClassConditioner(Conditioner):
         self.embedding = nn.Embedding(num_classes + 1, width)
 
     def tokenize(self, conditions: Sequence[Any]) -> Int[Tensor, " b"]:
+        """Class numbers of numbers or names."""
         return torch.tensor([self._label(c) for c in conditions], dtype=torch.long)
 
     def _label(self, label: int | str) -> int:
@@ -125,9 +126,11 @@ class ClassConditioner(Conditioner):
         raise UserError(f'the model has no class "{name}"; it knows {known}')
 
     def null(self, count: int) -> Int[Tensor, " b"]:
+        """The number after the last class, `count` times."""
         return torch.full((count,), self.num_classes, dtype=torch.long)
 
     def config(self) -> dict[str, Any]:
+        """Width and classes."""
         names = None if self.class_names is None else list(self.class_names)
         return {
             "width": self.embedding.embedding_dim,
@@ -136,6 +139,7 @@ class ClassConditioner(Conditioner):
         }
 
     def forward(self, ids: Int[Tensor, " b"]) -> Condition:
+        """The rows of the table."""
         return Condition(self.embedding(ids))
 
 
@@ -188,6 +192,7 @@ class WordConditioner(Conditioner):
         self.pool = nn.Linear(c, width)
 
     def tokenize(self, conditions: Sequence[Any]) -> Int[Tensor, "b s"]:
+        """A start symbol and the words of each prompt, padded."""
         ids = torch.full((len(conditions), self.settings.max_words + 1), self._PAD)
         ids[:, 0] = self._START
         for row, prompt in zip(ids, conditions, strict=True):
@@ -214,14 +219,17 @@ class WordConditioner(Conditioner):
         return words
 
     def null(self, count: int) -> Int[Tensor, "b s"]:
+        """The start symbol alone."""
         ids = torch.full((count, self.settings.max_words + 1), self._PAD)
         ids[:, 0] = self._START
         return ids
 
     def config(self) -> dict[str, Any]:
+        """Width, size and vocabulary."""
         return {"width": self.width, **asdict(self.settings), "words": list(self.settings.words)}
 
     def forward(self, ids: Int[Tensor, "b s"]) -> Condition:
+        """Encoded words as context, the start symbol's as pooled vector."""
         mask = ids != self._PAD
         x = self.embedding(ids) + self.position
         context = self.encoder(x, src_key_padding_mask=~mask)
@@ -254,14 +262,17 @@ class PretrainedTextConditioner(Conditioner):
                 "pass a local folder, or check the network and HF_HUB_OFFLINE",
                 exit_code=1,
             ) from error
-        for part in ("text_model", "encoder"):  # CLIP and T5 hold more than the text tower
-            encoder = getattr(encoder, part, encoder) if hasattr(encoder, "decoder") or part == "text_model" else encoder
+        if hasattr(encoder, "text_model"):  # CLIP without its image tower
+            encoder = encoder.text_model
+        elif hasattr(encoder, "decoder"):  # T5 without its decoder
+            encoder = encoder.encoder
         self._frozen = [encoder.eval().requires_grad_(False)]  # hidden: not our weights to save
         self.width, self.model_name, self.max_words = width, model, max_words
         self.context_dim = encoder.config.hidden_size
         self.pool = nn.Linear(encoder.config.hidden_size, width)
 
     def tokenize(self, conditions: Sequence[Any]) -> Int[Tensor, "b s two"]:
+        """Ids and attention mask of the encoder's own tokenizer; long prompts are cut."""
         out = self._tokenizer(
             [str(c) for c in conditions],
             padding="max_length",
@@ -272,12 +283,15 @@ class PretrainedTextConditioner(Conditioner):
         return torch.stack([out["input_ids"], out["attention_mask"]], dim=-1)
 
     def null(self, count: int) -> Int[Tensor, "b s two"]:
+        """The empty prompt."""
         return self.tokenize([""] * count)
 
     def config(self) -> dict[str, Any]:
+        """Width, encoder and length."""
         return {"width": self.width, "model": self.model_name, "max_words": self.max_words}
 
     def forward(self, ids: Int[Tensor, "b s two"]) -> Condition:
+        """Last hidden states as context, their mean over real tokens as pooled vector."""
         encoder = self._frozen[0].to(self.pool.weight.device)
         mask = ids[..., 1].bool()
         with torch.no_grad():

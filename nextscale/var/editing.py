@@ -32,7 +32,7 @@ def box_mask(
         mode: inpaint keeps the outside of the box, outpaint the inside.
 
     Raises:
-        UserError: If the box is empty or outside the picture.
+        UserError: If the box is outside the picture, empty, or empty once it is rounded.
     """
     top, left, bottom, right = box
     if not (0 <= top < bottom <= 1 and 0 <= left < right <= 1):
@@ -45,6 +45,10 @@ def box_mask(
     columns = slice(round(left * width), round(right * width))
     inside = torch.zeros(height, width)
     inside[rows, columns] = 1
+    if not inside.any():
+        raise UserError(
+            f"box {box} is smaller than a cell of the {height}x{width} latent grid; enlarge it"
+        )
     return 1 - inside if mode == "inpaint" else inside
 
 

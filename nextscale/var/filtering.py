@@ -72,9 +72,11 @@ class ImageDraws:
         self._uniforms = torch.stack(rows).split(list(lengths), dim=1)
 
     def tokens(self, scale: int, logits: Float[Tensor, "b l v"]) -> Int[Tensor, "b l"]:
+        """One token per position, from the uniforms of the scale."""
         return inverse_cdf(logits, self._uniforms[scale].to(logits.device))
 
     def gumbel(self, scale: int, logits: Float[Tensor, "b l v"]) -> Float[Tensor, "b l v"]:
+        """Gumbel noise, from the streams as they stand: call it once per scale, in order."""
         rows = [torch.empty(logits.shape[1:]).exponential_(generator=g) for g in self._generators]
         return -torch.stack(rows).log().to(logits.device)
 

@@ -51,7 +51,8 @@ def read_transformer(
 ) -> tuple[TransformerConfig, ClassConditioner, dict[str, Tensor]]:
     """Configuration, conditioner and our state dict of a released transformer."""
     official = read_official(source, "pos_1LC", "var_wo_ddp")
-    for key in ("pos_start", "word_embed.weight", "class_emb.weight", "head.weight"):
+    first = "blocks.0.ffn.fc1.weight"
+    for key in ("pos_start", "word_embed.weight", "class_emb.weight", "head.weight", first):
         if key not in official:
             raise UserError(f'the file is no complete VAR transformer: "{key}" is missing')
     tokens, width = official["pos_1LC"].shape[1:]
@@ -76,7 +77,7 @@ def read_transformer(
         depth=depth,
         width=width,
         num_heads=heads,
-        mlp_ratio=official["blocks.0.ffn.fc1.weight"].shape[0] / width,
+        mlp_ratio=official[first].shape[0] / width,
         shared_modulation="shared_ada_lin.1.weight" in official,
         normalize_attention=per_head is not None,
     )
@@ -86,9 +87,7 @@ def read_transformer(
             config, ClassConditioner(width=width, num_classes=conditioner.num_classes)
         ).state_dict()
     ours = {official_name(name): name for name in names}
-    state = {
-        ours.get(k, k): v.float() for k, v in official.items() if not _DERIVED.match(k)
-    }
+    state = {ours.get(k, k): v.float() for k, v in official.items() if not _DERIVED.match(k)}
     return config, conditioner, state
 
 

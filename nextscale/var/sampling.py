@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nextscale.errors import UserError
 from nextscale.tokenizers import MultiscaleVQ
+from nextscale.var.cache import KeyValueCache
 from nextscale.var.conditioning import Condition
 from nextscale.var.filtering import Draws, ImageDraws, filter_logits
 from nextscale.var.transformer import BlockHooks, NextScaleTransformer, Prepared
@@ -69,7 +70,7 @@ class SamplingConfig:
                 raise UserError(f"guidance_scale must be 0 or more, got {value}; 1.0 is off")
 
     def guidance(self, num_scales: int) -> list[float]:
-        """g of every scale."""
+        """The factor g of every scale."""
         value = self.guidance_scale
         if isinstance(value, tuple):
             scales = list(_per_scale("guidance_scale", value, num_scales))
@@ -140,7 +141,7 @@ def sample(
     prefix: Int[Tensor, "b p"] | None = None,
     hooks: BlockHooks | None = None,
 ) -> Iterator[ScaleStep]:
-    """Decode scale by scale (VAR, arXiv 2404.02905, section 3; released `autoregressive_infer_cfg`).
+    """Decode scale by scale (VAR, arXiv 2404.02905, section 3).
 
     Differences from the released sampler: the AdaLN projections run once per picture, the cache is
     preallocated, the unconditional rows are skipped where they have no effect, and tokens are drawn
@@ -179,13 +180,15 @@ def sample(
         both = Condition.cat([condition, negative or model.null_condition(batch)])
     prepared = model.prepare(both)
     cache = model.new_cache(len(both.pooled))
-    f_hat = quantizer.codebook.weight.new_zeros(batch, tokenizer.config.codebook_dim, *schedule.grid)
+    weight = quantizer.codebook.weight
+    f_hat = weight.new_zeros(batch, weight.shape[1], *schedule.grid)
     inputs: Tensor | None = None
     begin = 0
     if prefix is not None:
-        begin, f_hat, inputs = _run_prefix(model, tokenizer, prepared, cache, prefix, f_hat, hooks)
+        state = _run_prefix(model, tokenizer, prepared, cache, prefix, f_hat, hooks)
+        begin, f_hat, inputs = state
     for k in range(begin, scales):
-        if k == last_guided + 1 and len(prepared.start) > batch:
+        if k > last_guided and len(prepared.start) > batch:
             prepared = prepared[slice(0, batch)]
             cache.select(slice(0, batch))
         where = schedule.slices[k]
@@ -211,7 +214,7 @@ def sample(
         kept = filter_logits(logits / temperatures[k], config.top_k, config.top_p)
         predicted = draw.tokens(k, kept)
         if config.more_smooth:
-            codes = _smooth(kept, draw.gumbel(k, kept), ratio(k, scales)) @ quantizer.codebook.weight
+            codes = _smooth(kept, draw.gumbel(k, kept), ratio(k, scales)) @ weight
         else:
             codes = quantizer.lookup(predicted)
         tokens = predicted
@@ -229,15 +232,12 @@ def _run_prefix(
     model: NextScaleTransformer,
     tokenizer: MultiscaleVQ,
     prepared: Prepared,
-    cache: object,
+    cache: KeyValueCache,
     prefix: Tensor,
     f_hat: Tensor,
     hooks: BlockHooks | None,
 ) -> tuple[int, Tensor, Tensor | None]:
     """Fill the cache with the given first scales; returns (next scale, F, its inputs)."""
-    from nextscale.var.cache import KeyValueCache
-
-    assert isinstance(cache, KeyValueCache)
     schedule = model.schedule
     ends = [where.stop for where in schedule.slices]
     if prefix.shape[1] not in ends:
@@ -268,7 +268,7 @@ def _smooth(kept: Tensor, gumbel: Tensor, progress: float) -> Tensor:
 
 
 def ratio(scale: int, num_scales: int) -> float:
-    """u = k / (K - 1), the place of a scale in [0, 1]; 1 if there is one scale."""
+    """The place of a scale in [0, 1], u = k / (K - 1); 1 if there is one scale."""
     return scale / (num_scales - 1) if num_scales > 1 else 1.0
 
 

@@ -131,6 +131,7 @@ class FusedProjection(nn.Linear):
         self.v_bias = nn.Parameter(torch.zeros(width))
 
     def forward(self, input: Tensor) -> Tensor:
+        """[b, t, d] -> [b, t, 3 d], queries first."""
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         return F.linear(input, self.weight, bias)
 
@@ -158,6 +159,7 @@ class SelfAttention(nn.Module):
         visible: slice,
         backend: Backend,
     ) -> Tensor:
+        """Attention of the positions `where`, [b, t, d], to those that mask or cache show them."""
         b, t, d = x.shape
         qkv = self.qkv(x).view(b, t, 3, self.heads, d // self.heads)
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
@@ -165,14 +167,18 @@ class SelfAttention(nn.Module):
             factor = 0.25 / math.sqrt(d // self.heads)
         else:
             scale = self.log_scale.clamp_max(math.log(100)).exp()
-            q = q * (scale / q.norm(dim=-1, keepdim=True, dtype=torch.float32).clamp_min(1e-12)).to(q.dtype)
-            k = k * (1 / k.norm(dim=-1, keepdim=True, dtype=torch.float32).clamp_min(1e-12)).to(k.dtype)
+            q = q * (scale / _norm(q)).to(q.dtype)
+            k = k * (1 / _norm(k)).to(k.dtype)
             factor = 1.0
         if cache is not None:
             cache.update(block, where, k, v)
             k, v = cache.read(block, visible)
         y = attend(q, k, v, mask=mask, scale=factor, backend=backend)
         return self.proj(y.transpose(1, 2).reshape(b, t, d))
+
+
+def _norm(x: Tensor) -> Tensor:
+    return x.norm(dim=-1, keepdim=True, dtype=torch.float32).clamp_min(1e-12)
 
 
 class CrossAttention(nn.Module):
@@ -188,6 +194,7 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [b, n, s, e] of context tokens [b, s, c]."""
         b, s, _ = context.shape
         kv = self.kv(context).view(b, s, 2, self.heads, -1)
         k, v = (part.transpose(1, 2) for part in kv.unbind(2))
@@ -196,6 +203,7 @@ class CrossAttention(nn.Module):
     def forward(
         self, x: Tensor, context: tuple[Tensor, Tensor], mask: Tensor | None, backend: Backend
     ) -> Tensor:
+        """Attention of positions [b, t, d] to keys and values of the context."""
         b, t, d = x.shape
         q = self.q(self.norm(x).to(self.q.weight.dtype))
         q = q.view(b, t, self.heads, -1).transpose(1, 2)
@@ -214,6 +222,7 @@ class FeedForward(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[b, t, d] -> [b, t, d]."""
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
@@ -245,6 +254,7 @@ class Block(nn.Module):
         visible: slice,
         backend: Backend,
     ) -> Tensor:
+        """The residual stream of the positions `where` after this block."""
         gate1, gate2, scale1, scale2, shift1, shift2 = prepared.modulation[self.index].unbind(2)
         dtype = self.attention.proj.weight.dtype
         y = self.attention(
@@ -264,7 +274,7 @@ class Block(nn.Module):
         return self._add(x, gate2, y)
 
     def _add(self, x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
-        """x + DropPath(gate * y), stochastic depth per sample, rescaled by 1 / keep."""
+        """Add gate * y to x, with stochastic depth per sample, rescaled by 1 / keep."""
         if self.training and self.drop_path > 0:
             keep = 1 - self.drop_path
             gate = gate * gate.new_empty(len(x), 1, 1).bernoulli_(keep).div_(keep)
@@ -309,11 +319,13 @@ class NextScaleTransformer(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return self.start.device
 
     def first_visible(self, scale: int) -> int:
         """The coarsest scale that `scale` attends to."""
-        return {"causal": 0, "diagonal": scale, "markov": max(scale - 1, 0)}[self.config.mask_policy]
+        first = {"causal": 0, "diagonal": scale, "markov": max(scale - 1, 0)}
+        return first[self.config.mask_policy]
 
     def attention_mask(self) -> Bool[Tensor, "t t"]:
         """True where row i may attend to column j: first_visible(i) <= scale(j) <= scale(i)."""
@@ -323,8 +335,9 @@ class NextScaleTransformer(nn.Module):
 
     def condition(self, conditions: Sequence[Any] | Tensor) -> Condition:
         """Condition of class labels, prompts, or ids from `conditioner.tokenize`."""
-        ids = conditions if isinstance(conditions, Tensor) else self.conditioner.tokenize(conditions)
-        return self.conditioner(ids.to(self.device))
+        if not isinstance(conditions, Tensor):
+            conditions = self.conditioner.tokenize(conditions)
+        return self.conditioner(conditions.to(self.device))
 
     def null_condition(self, count: int) -> Condition:
         """The condition of guidance's unconditional rows."""

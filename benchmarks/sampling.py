@@ -1,0 +1,164 @@
+"""Seconds per image of the sampler beside the bare matrix products of the same shapes.
+
+    python benchmarks/sampling.py                 # d16, 256 px, 1 and 2 threads, B = 1 and 4
+    python benchmarks/sampling.py --depths 16 20 24 30 --batches 1 8 64    # on CUDA
+
+Random weights, guidance on, decoder included. The bound is the time of the linear layers,
+convolutions and attention products that the call itself makes, replayed alone in the same run with
+the same weights: what no sampler around the same kernels can beat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from nextscale.tokenizers import MultiscaleVQ, TokenizerConfig
+from nextscale.tokenizers.train import initialize as initialize_tokenizer
+from nextscale.var import ClassConditioner, NextScaleTransformer, SamplingConfig, TransformerConfig
+from nextscale.var import sample
+from nextscale.var.transformer import initialize
+
+# next-scale.md 3.4: lower bound in ms per image on an H200, transformer and decoder.
+ROOFLINE_MS = {
+    (16, 1): 2.15, (20, 1): 3.68, (24, 1): 5.95, (30, 1): 11.05,
+    (16, 64): 1.26, (20, 64): 1.96, (24, 64): 2.99, (30, 64): 5.30,
+}  # fmt: skip
+
+
+class Recorder(TorchFunctionMode):
+    """Collects the heavy products of a call: operation, shapes, and the weights themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Callable[..., Tensor], tuple[Any, ...], dict[str, Any]]] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        kwargs = kwargs or {}
+        if func in (F.linear, F.conv2d, torch.conv2d, F.scaled_dot_product_attention):
+            if func is F.scaled_dot_product_attention:
+                kept = tuple(torch.empty_like(a) for a in args[:3])
+                self.calls.append((func, kept, {"scale": kwargs.get("scale")}))
+            else:
+                rest = args[3:] if func is not F.linear else ()
+                self.calls.append((func, (torch.empty_like(args[0]), args[1], None, *rest), {}))
+        return func(*args, **kwargs)
+
+    def replay(self) -> None:
+        for func, args, kwargs in self.calls:
+            func(*args, **kwargs)
+
+
+def build(depth: int, dtype: torch.dtype, device: str) -> tuple[NextScaleTransformer, MultiscaleVQ]:
+    """A randomly initialised VAR-d`depth` and its tokenizer at the released sizes."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        tokenizer = MultiscaleVQ(TokenizerConfig())
+        config = TransformerConfig(depth=depth)
+        conditioner = ClassConditioner(width=config.resolved_width, num_classes=1000)
+        model = NextScaleTransformer(config, conditioner)
+    initialize(model)
+    initialize_tokenizer(tokenizer)
+    return model.to(dtype).eval(), tokenizer.to_dtype(dtype).eval()
+
+
+def seconds(call: Callable[[], object], repeats: int, device: str) -> float:
+    """Median time of a call after one warm-up."""
+    times = []
+    for _ in range(repeats + 1):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def peak_megabytes(device: str) -> float:
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--depths", type=int, nargs="+", default=[16])
+    parser.add_argument("--batches", type=int, nargs="+", default=None)
+    parser.add_argument("--threads", type=int, nargs="+", default=None)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", default="benchmarks/results/sampling.json")
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    batches = options.batches or ([1, 8, 64] if device == "cuda" else [1, 4])
+    threads = options.threads or ([1] if device == "cuda" else [1, 2])
+    settings = SamplingConfig(guidance_scale=5.0, top_k=900, top_p=0.95)
+    rows = []
+    for depth in options.depths:
+        for dtype in options.dtypes:
+            model, tokenizer = build(depth, getattr(torch, dtype), device)
+            if options.compile:
+                for block in model.blocks:
+                    block.compile(dynamic=False)
+                tokenizer.decoder.compile()
+            for batch in batches:
+
+                def call(batch: int = batch) -> Tensor:
+                    condition = model.condition(torch.arange(batch))
+                    *_, last = sample(
+                        model, tokenizer, condition, settings, seeds=list(range(batch))
+                    )
+                    return tokenizer.decode_latents(last.f_hat)
+
+                for count in threads:
+                    torch.set_num_threads(count)
+                    with Recorder() as recorder:
+                        call()
+                    ours = seconds(call, options.repeats, device) / batch
+                    bound = seconds(recorder.replay, options.repeats, device) / batch
+                    row = {
+                        "depth": depth, "dtype": dtype, "batch": batch, "threads": count,
+                        "seconds_per_image": round(ours, 4), "bound": round(bound, 4),
+                        "ratio": round(ours / bound, 3), "compiled": options.compile,
+                        "peak_mb": round(peak_megabytes(device)),
+                    }  # fmt: skip
+                    if device == "cuda" and (depth, batch) in ROOFLINE_MS:
+                        row["roofline_ms"] = ROOFLINE_MS[depth, batch]
+                    rows.append(row)
+                    print(json.dumps(row), flush=True)
+    device_name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
+    result = {
+        "command": "python benchmarks/sampling.py",
+        "hardware": device_name,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "rows": rows,
+    }
+    Path(options.output).write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""The work behind `nextscale generate`: which pictures are missing, draw them, put them together.
+
+Batch b of the whole run holds pictures [b * batch_size, (b + 1) * batch_size), the last one
+padded, whatever process draws it and whatever a resumed run has already: so every picture comes
+out of the same batch, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nextscale import __version__, processes, storage
+from nextscale.cli.console import Interrupted, Output
+from nextscale.cli.job import RECIPE, Job, read_metadata, record, resolve_job
+from nextscale.cli.ranks import on_main, pick_device, process_group
+from nextscale.cli.recipes import to_yaml
+
+if TYPE_CHECKING:
+    from nextscale.cli.generate import GenerateConfig
+    from nextscale.pipeline import NextScalePipeline
+
+MAX_GRID = 64
+
+
+def generate(config: GenerateConfig, output: Output) -> dict[str, Any]:
+    """Run the whole command; the summary is what --json prints."""
+    began = time.perf_counter()
+    with process_group():
+        job = on_main(partial(resolve_job, config))
+        # Asked once: another process may be drawing while this one looks.
+        todo = on_main(job.missing)
+        try:
+            if todo:
+                pipe = _load(job)
+                on_main(partial(_start, job, pipe))
+                _draw(job, pipe, output, set(todo))
+            processes.barrier()
+            extras = on_main(partial(_finish, job, output))
+        except KeyboardInterrupt as error:
+            kept = job.count - len(job.missing())
+            raise Interrupted(
+                f"interrupted; {kept} images kept in {config.output_dir}, continue with --resume"
+            ) from error
+    images = [str(job.path(i)) for i in range(job.count)]
+    facts = {"num_images": job.count, "seed": job.seed, "output_dir": config.output_dir}
+    seconds = time.perf_counter() - began
+    return {**facts, **extras, "weights": job.weights, "seconds": seconds, "images": images}
+
+
+def _load(job: Job) -> NextScalePipeline:
+    from nextscale.pipeline import NextScalePipeline
+
+    config = job.config
+    pipe = NextScalePipeline.from_pretrained(
+        config.model,
+        device=pick_device(config.device),
+        dtype=config.dtype,
+        revision=config.revision,
+        local_files_only=config.local_files_only,
+    )
+    if config.lora is not None:
+        pipe.load_lora(config.lora, config.lora_scale)
+    return pipe
+
+
+def _start(job: Job, pipe: NextScalePipeline) -> None:
+    """The folder comes into being when nothing is left that could be refused."""
+    settings = pipe.settings(**{k: v for k, v in job.settings.items() if v is not None})
+    settings.guidance(len(pipe.scales))  # refuses a list of another length
+    settings.temperatures(len(pipe.scales))
+    folder = Path(job.config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".tmp-*"):  # of a killed run
+        leftover.unlink()
+    comment = f"nextscale {__version__}; weights {job.weights}"
+    text = to_yaml("generate", record(job), f"{comment}\nrepeat: nextscale generate --config ...")
+    storage.write_bytes(folder / RECIPE, text.encode())
+
+
+def _draw(job: Job, pipe: NextScalePipeline, output: Output, todo: set[int]) -> None:
+    """Draw the missing pictures of this process's batches."""
+    from tqdm import tqdm
+
+    from nextscale.cli.sheets import filmstrip
+    from nextscale.data.images import save_png
+
+    size, facts = job.config.batch_size, _facts(job)
+    key = "prompt" if job.prompts else "class_labels"
+    settings = {k: v for k, v in job.settings.items() if v is not None}
+    batches = sorted({index // size for index in todo})
+    own = [batches[i] for i in processes.own_range(len(batches))]
+    shape = "{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}]"
+    total = sum(min(size, job.count - b * size) for b in own)
+    with tqdm(total=total, desc="images", bar_format=shape, disable=not output.bar()) as bar:
+        for batch in own:
+            rows = range(batch * size, min((batch + 1) * size, job.count))
+            padded = [*rows, *[rows[-1]] * (size - len(rows))]
+            tick = partial(_tick, bar, len(rows) / len(pipe.scales))
+            result = pipe(
+                **{key: [job.condition(i) for i in padded]},
+                **settings,
+                negative_prompt=job.config.negative_prompt,
+                seed=job.seed + rows[0],
+                return_scales=job.config.save_scales,
+                callback=tick,
+            )
+            for row, index in enumerate(rows):
+                if index not in todo:
+                    continue
+                if result.scales is not None:
+                    strip = filmstrip([s[row] for s in result.scales], pipe.scales)
+                    save_png(strip, job.path(index, "_scales"))
+                about = _about(job, index, pipe)
+                text = {"nextscale": json.dumps({**about, **facts}, ensure_ascii=False)}
+                save_png(result.images[row], job.path(index), text)
+
+
+def _tick(bar: Any, part: float, *_: Any) -> None:
+    """One scale of a batch is drawn."""
+    bar.update(part)
+
+
+def _about(job: Job, index: int, pipe: NextScalePipeline) -> dict[str, Any]:
+    """What is a picture's own: its prompt, or its class by number, and its seed."""
+    condition = job.condition(index)
+    if job.prompts:
+        return {"prompt": condition, "seed": job.seed + index}
+    label = int(pipe.transformer.conditioner.tokenize([condition])[0])
+    return {"class_label": label, "seed": job.seed + index}
+
+
+def _facts(job: Job) -> dict[str, Any]:
+    """What every PNG of the run says about itself."""
+    config = job.config
+    lora = {} if config.lora is None else {"lora": config.lora, "lora_scale": config.lora_scale}
+    return {
+        **{"model": config.model, "weights": job.weights, **lora},
+        **{k: v for k, v in job.settings.items() if v is not None},
+        **({} if config.negative_prompt is None else {"negative_prompt": config.negative_prompt}),
+        **{"dtype": config.dtype, "batch_size": config.batch_size},
+        "versions": {"nextscale": __version__, "torch": version("torch")},
+    }
+
+
+def _finish(job: Job, output: Output) -> dict[str, Any]:
+    from nextscale.cli.sheets import write_grid, write_npz
+
+    paths = [job.path(i) for i in range(job.count)]
+    folder = Path(job.config.output_dir)
+    extras: dict[str, Any] = {"grid": None, "npz": None, "recipe": str(folder / RECIPE)}
+    if job.count <= MAX_GRID:
+        extras["grid"] = str(folder / "grid.png")
+        texts = [job.condition(i) for i in range(job.count)]
+        write_grid(folder / "grid.png", paths, texts, job.config.num_images)
+    if job.config.npz:
+        extras["npz"] = str(folder / "samples.npz")
+        labels = None if job.prompts else [read_metadata(p)["class_label"] for p in paths]
+        write_npz(folder / "samples.npz", paths, labels, progress=output.bar())
+    return extras

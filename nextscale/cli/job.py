@@ -1,0 +1,162 @@
+"""What a `nextscale generate` run is: every flag filled in, everything refused that can be."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nextscale import storage
+from nextscale.cli.conditions import read_conditions
+from nextscale.cli.console import check_folder
+from nextscale.cli.loading import check_conditions, read_model
+from nextscale.cli.ranks import pick_device
+from nextscale.cli.recipes import read_recipe, to_yaml
+from nextscale.errors import UserError
+
+if TYPE_CHECKING:
+    from nextscale.cli.generate import GenerateConfig
+
+RECIPE = "recipe.yaml"
+_PER_SCALE = ("guidance_scale", "temperature")  # one number or one per scale
+# Flags that do not change a picture; a resumed run may set them anew.
+_FREE = ("output_dir", "resume", "overwrite", "npz", "local_files_only", "device")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A resolved run.
+
+    Attributes:
+        config: The flags, with conditions, seed and dtype filled in.
+        conditions: Prompts or labels, one per `num_images` pictures.
+        settings: Sampling settings for the pipeline.
+        weights: SHA-256 of the model's weights (and the LoRA's).
+        prompts: Whether the conditions are prompts.
+    """
+
+    config: GenerateConfig
+    conditions: tuple[str, ...]
+    settings: dict[str, Any]
+    weights: str
+    prompts: bool
+
+    @property
+    def count(self) -> int:
+        """Pictures of the whole run."""
+        return len(self.conditions) * self.config.num_images
+
+    @property
+    def seed(self) -> int:
+        """Seed of the first picture."""
+        assert self.config.seed is not None
+        return self.config.seed
+
+    def condition(self, index: int) -> str:
+        """Prompt or label of a picture."""
+        return self.conditions[index // self.config.num_images]
+
+    def path(self, index: int, suffix: str = "") -> Path:
+        """File of a picture."""
+        return Path(self.config.output_dir) / f"{index:06d}{suffix}.png"
+
+    def missing(self) -> list[int]:
+        """Pictures that are not written yet."""
+        return [i for i in range(self.count) if not self.path(i).exists()]
+
+
+def resolve_job(config: GenerateConfig) -> Job:
+    """Everything that can be refused, in the order of its cost."""
+    hint = "Continue it with --resume, replace its pictures with --overwrite, or choose another."
+    # A recipe alone is what a run leaves that failed before its first picture.
+    fresh = not (config.resume or config.overwrite)
+    check_folder(config.output_dir, empty=fresh, hint=hint, besides=RECIPE)
+    folder = Path(config.output_dir)
+    model = read_model(
+        config.model, revision=config.revision, local_files_only=config.local_files_only
+    )
+    conditions = read_conditions(config, model)
+    check_conditions(model, conditions)
+    if config.negative_prompt is not None:
+        if not model.takes_prompts:
+            raise UserError("negative_prompt needs a model that takes prompts.")
+        check_conditions(model, [config.negative_prompt])
+
+    from nextscale.pipeline import image_seeds, resolve_dtype
+    from nextscale.var.sampling import SamplingConfig
+
+    # In batches of the full size: the pictures that pad the last one have seeds too.
+    count = len(conditions) * config.num_images
+    before = read_recipe(str(folder / RECIPE)) if (folder / RECIPE).exists() else {}
+    seed = None if config.seed == -1 else config.seed
+    if seed is None and config.resume:
+        seed = before.get("seed")
+    seed = image_seeds(seed, None, -(-count // config.batch_size) * config.batch_size)[0]
+    settings = asdict(SamplingConfig(**{**model.generation, **config.sampling()}))
+    import torch
+
+    dtype = str(resolve_dtype(config.dtype, torch.device(pick_device(config.device))))
+    named = {"prompt": conditions} if model.takes_prompts else {"class_labels": conditions}
+    resolved = {
+        **{"prompts": (), "prompt": (), "prompt_file": None, "class_labels": (), **named},
+        **{"seed": seed, "dtype": dtype.removeprefix("torch."), "preset": None},
+        **{k: _tuple(v) if k in _PER_SCALE else v for k, v in settings.items()},
+    }
+    weights = model.weights()
+    if config.lora is not None:
+        weights += ":" + storage.file_sha256(Path(config.lora) / "adapter_model.safetensors")
+    job = Job(replace(config, **resolved), conditions, settings, weights, model.takes_prompts)
+    if config.overwrite:
+        for pattern in ("[0-9]" * 6 + ".png", "[0-9]" * 6 + "_scales.png"):
+            for path in folder.glob(pattern):
+                path.unlink()
+        for name in ("grid.png", "samples.npz", RECIPE):
+            (folder / name).unlink(missing_ok=True)
+    elif config.resume and before:
+        _check_same(job, before)
+    return job
+
+
+def _check_same(job: Job, before: dict[str, Any]) -> None:
+    """Refuse to continue a run that had other settings."""
+    now = record(job)
+    keys = [k for k in {**before, **now} if k not in _FREE and before.get(k) != now.get(k)]
+    if keys:
+        changes = ", ".join(f"{k} was {before.get(k)} and is {now.get(k)}" for k in keys)
+        raise UserError(
+            f"--resume: the run in {job.config.output_dir} had other settings: {changes}. "
+            f"Continue it with --config {Path(job.config.output_dir) / RECIPE} --resume, or "
+            "choose another folder."
+        )
+    done = next((p for i in range(job.count) if (p := job.path(i)).exists()), None)
+    if done is not None and read_metadata(done).get("weights") != job.weights:
+        raise UserError(
+            f"--resume: {done} was made by other weights of {job.config.model}. Choose another "
+            "folder, or --overwrite."
+        )
+
+
+def record(job: Job) -> dict[str, Any]:
+    """The flags that repeat the run, as recipe.yaml holds them."""
+    import yaml
+
+    values = {k: v for k, v in asdict(job.config).items() if k not in ("resume", "overwrite")}
+    content = yaml.safe_load(to_yaml("generate", values))
+    content.pop("command")
+    return content
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What a generated PNG says about itself; empty if it is no picture of ours."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return json.loads(image.info.get("nextscale", "{}"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _tuple(value: Any) -> tuple[float, ...]:
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
