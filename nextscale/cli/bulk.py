@@ -89,7 +89,8 @@ def _draw(job: Job, pipe: NextScalePipeline, output: Output, todo: set[int]) -> 
     from nextscale.cli.sheets import filmstrip
     from nextscale.data.images import save_png
 
-    size, facts = job.config.batch_size, _facts(job)
+    # A run of several batches pads its last one; a small run is one batch of its own size.
+    size, facts = min(job.config.batch_size, job.count), _facts(job)
     key = "prompt" if job.prompts else "class_labels"
     settings = {k: v for k, v in job.settings.items() if v is not None}
     batches = sorted({index // size for index in todo})

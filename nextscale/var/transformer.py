@@ -205,7 +205,10 @@ class CrossAttention(nn.Module):
     ) -> Tensor:
         """Attention of positions [b, t, d] to keys and values of the context."""
         b, t, d = x.shape
-        q = self.q(self.norm(x).to(self.q.weight.dtype))
+        # The residual stream may have another dtype than the weights; the norm runs in its dtype.
+        scale, shift = self.norm.weight.to(x.dtype), self.norm.bias.to(x.dtype)
+        normed = F.layer_norm(x, x.shape[-1:], scale, shift, self.norm.eps)
+        q = self.q(normed.to(self.q.weight.dtype))
         q = q.view(b, t, self.heads, -1).transpose(1, 2)
         k, v = context
         scale = 1 / math.sqrt(d // self.heads)

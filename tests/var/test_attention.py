@@ -95,12 +95,24 @@ def test_the_model_passes_its_backend_on(build_model: BuildModel) -> None:
         model(inputs, class_labels=[0, 1])
 
 
+@torch.no_grad()
+def test_forward_is_traced_as_one_graph_that_equals_eager(build_model: BuildModel) -> None:
+    model = build_model()
+    inputs = torch.randn(2, 29, 8, generator=torch.Generator().manual_seed(2))
+    condition = model.condition([0, 1])
+    traced = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(
+        traced(inputs, condition), model(inputs, condition), atol=2e-5, rtol=0
+    )
+
+
 CAN_COMPILE = (
     any(map(shutil.which, ("c++", "g++", "clang++")))
     and (Path(sysconfig.get_path("include")) / "Python.h").is_file()
 )
 
 
+@pytest.mark.slow  # 18 generated kernels: 23 s of a CPU core where none is cached
 @pytest.mark.skipif(not CAN_COMPILE, reason="torch.compile needs a C++ compiler and Python.h")
 @torch.no_grad()
 def test_compiled_forward_equals_eager(build_model: BuildModel) -> None:

@@ -431,3 +431,16 @@ def test_models_that_the_released_format_cannot_hold_are_not_written(
         to_official(build_model(words()))
     with pytest.raises(UserError, match="no mask policy markov"):
         to_official(build_model(mask_policy="markov"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_with_context_samples_in_half_precision(
+    dtype: torch.dtype, tiny_tokenizer: MultiscaleVQ, build_model: Callable[..., NextScaleTransformer]
+) -> None:
+    words = WordConditioner(width=32, words=("red",), encoder_width=16, encoder_heads=2)
+    model = build_model(words)
+    exact = model(torch.zeros(1, 29, 8), model.condition(["red"]))
+    half = model.to(dtype)
+    logits = half(torch.zeros(1, 29, 8), half.condition(["red"]))
+    assert logits.dtype == torch.float32
+    assert (logits - exact).abs().max() < 0.1 * exact.abs().max()
