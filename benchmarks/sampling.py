@@ -27,8 +27,13 @@ from torch.overrides import TorchFunctionMode
 
 from nextscale.tokenizers import MultiscaleVQ, TokenizerConfig
 from nextscale.tokenizers.train import initialize as initialize_tokenizer
-from nextscale.var import ClassConditioner, NextScaleTransformer, SamplingConfig, TransformerConfig
-from nextscale.var import sample
+from nextscale.var import (
+    ClassConditioner,
+    NextScaleTransformer,
+    SamplingConfig,
+    TransformerConfig,
+    sample,
+)
 from nextscale.var.transformer import initialize
 
 # next-scale.md 3.4: lower bound in ms per image on an H200, transformer and decoder.
@@ -45,7 +50,7 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.calls: list[tuple[Callable[..., Tensor], tuple[Any, ...], dict[str, Any]]] = []
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in (F.linear, F.conv2d, torch.conv2d, F.scaled_dot_product_attention):
             if func is F.scaled_dot_product_attention:

@@ -29,7 +29,10 @@ def main() -> None:
     initialize(released)
     bundled = MultiscaleVQ.from_pretrained(resolve_model("scenes") / "tokenizer")
     rows = []
-    for name, tokenizer, batch in (("released size, 256 px", released, 4), ("scenes, 64 px", bundled, 64)):
+    for name, tokenizer, batch in (
+        ("released size, 256 px", released, 4),
+        ("scenes, 64 px", bundled, 64),
+    ):
         for dtype in (torch.float32, torch.bfloat16):
             tokenizer.eval().to(device).to_dtype(dtype)
             pixels = torch.rand(batch, 3, *tokenizer.resolution, device=device) * 2 - 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,17 +13,16 @@ from torch import Tensor
 
 from nextscale import storage
 from nextscale.errors import UserError
-from nextscale.streams import random_seed
+from nextscale.streams import SEED_LIMIT, random_seed
 from nextscale.tokenizers import MultiscaleVQ
 from nextscale.var import NextScaleTransformer, SamplingConfig, ScaleStep, sample
 from nextscale.var.editing import box_mask, keep_tokens
+from nextscale.var.model_folder import FORMAT_VERSION, read_generation, save_model
 from nextscale.var.sampling import Forcing
 
 if TYPE_CHECKING:
     from PIL import Image
 
-FORMAT_VERSION = 1
-MAX_SEED = 2**32
 OutputType = Literal["pil", "pt", "np"]
 
 
@@ -100,17 +99,12 @@ class NextScalePipeline:
             str(pretrained_model_name_or_path), revision=revision, local_files_only=local_files_only
         )
         storage.read_config(folder / "model_index.json", FORMAT_VERSION, "NextScalePipeline")
-        generation = {}
-        if (folder / "generation_config.json").exists():
-            generation = storage.read_config(
-                folder / "generation_config.json", FORMAT_VERSION, "SamplingConfig"
-            )
         pipe = cls(
             MultiscaleVQ.from_pretrained(folder / "tokenizer"),
             NextScaleTransformer.from_pretrained(folder),
-            SamplingConfig(**generation),
+            read_generation(folder),
         )
-        return pipe.to(device, dtype)
+        return pipe._place(device, dtype)
 
     @classmethod
     def from_official(
@@ -140,26 +134,18 @@ class NextScalePipeline:
         # The settings of the published FID (next-scale.md 3.2).
         generation = SamplingConfig(guidance_scale=2.5, top_k=900, top_p=0.96)
         pipe = cls(MultiscaleVQ.from_official(tokenizer, sides), model, generation)
-        return pipe.to(device, dtype)
+        return pipe._place(device, dtype)
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write the whole model to a folder, in one step.
 
         Args:
-            folder: Replaced if it exists.
+            folder: A model folder there is replaced; any other non-empty folder is refused.
             dtype: Cast the weights to this (the quantizer stays float32); None: as they are.
         """
-        with storage.replace_folder(folder) as target:
-            self.tokenizer.save_pretrained(target / "tokenizer", dtype=dtype)
-            self.transformer.save_pretrained(target, dtype=dtype)
-            parts = {"tokenizer": "MultiscaleVQ", "transformer": "NextScaleTransformer"}
-            for name, values in (
-                ("model_index.json", {"class": "NextScalePipeline", **parts}),
-                ("generation_config.json", {"class": "SamplingConfig", **asdict(self.generation)}),
-            ):
-                storage.write_json(target / name, {"format_version": FORMAT_VERSION, **values})
-            card = self.card()
-            storage.write_bytes(target / "README.md", card.encode())
+        if self._lora is not None:
+            raise UserError("a LoRA is loaded; call fuse_lora() or unload_lora() before saving")
+        save_model(folder, self.tokenizer, self.transformer, self.generation, dtype=dtype)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
         """Upload to the Hugging Face hub; returns the address of the commit."""
@@ -174,28 +160,6 @@ class NextScalePipeline:
             self.save_pretrained(folder)
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
 
-    def card(self) -> str:
-        """A model card in Markdown: what the model is and how to use it."""
-        config = self.transformer.config
-        call = '["a prompt"]' if self.transformer.conditioner.prompts else "class_labels=[0]"
-        height, width = self.tokenizer.resolution
-        return (
-            "---\nlibrary_name: nextscale\ntags: [next-scale-prediction, image-generation]\n---\n"
-            f"# A next-scale model, {width}x{height} pixels\n\n"
-            f"- transformer: depth {config.depth}, width {config.resolved_width}, "
-            f"{self.num_parameters(self.transformer) / 1e6:.1f} M parameters\n"
-            f"- tokenizer: {config.codebook_size} codes of {config.codebook_dim} channels, "
-            f"{self.num_parameters(self.tokenizer) / 1e6:.1f} M parameters, "
-            f"scales {self.transformer.schedule}\n\n"
-            "```python\nimport nextscale as ns\n\n"
-            f'pipe = ns.NextScalePipeline.from_pretrained("PATH")\nimages = pipe({call}).images\n```\n'
-        )
-
-    @staticmethod
-    def num_parameters(module: torch.nn.Module) -> int:
-        """Parameters of a module."""
-        return sum(p.numel() for p in module.parameters())
-
     # ---- placement ---------------------------------------------------------------------------
 
     @property
@@ -204,7 +168,7 @@ class NextScalePipeline:
 
     @property
     def dtype(self) -> torch.dtype:
-        """dtype in which transformer, encoder and decoder compute."""
+        """Dtype in which transformer, encoder and decoder compute."""
         return self.transformer.head.weight.dtype
 
     @property
@@ -213,19 +177,28 @@ class NextScalePipeline:
         return list(self.transformer.schedule.sides)
 
     def to(
-        self, device: str | torch.device | None = None, dtype: str | torch.dtype = "auto"
+        self,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
     ) -> NextScalePipeline:
         """Move and cast; the quantizer stays float32. Returns self.
 
         Args:
-            device: None: CUDA if there is one, else the CPU.
-            dtype: "auto" (bf16 on CUDA and on CPUs with AMX, else float32), or a dtype or its name.
+            device: None: stay.
+            dtype: A dtype, its name, or "auto" (bf16 on CUDA and on CPUs with AMX, else float32);
+                None: as it is.
         """
-        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        resolved = resolve_dtype(dtype, target)
+        target = self.device if device is None else torch.device(device)
+        resolved = self.dtype if dtype is None else resolve_dtype(dtype, target)
         self.transformer.to(target, resolved)
         self.tokenizer.to(target).to_dtype(resolved)
         return self
+
+    def _place(
+        self, device: str | torch.device | None, dtype: str | torch.dtype
+    ) -> NextScalePipeline:
+        """`to`, with CUDA as the default device where there is one."""
+        return self.to(device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype)
 
     # ---- adapters ----------------------------------------------------------------------------
 
@@ -274,7 +247,7 @@ class NextScalePipeline:
         top_p: float | None = None,
         temperature: float | tuple[float, ...] | None = None,
         more_smooth: bool | None = None,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         batch_size: int | None = None,
         output_type: OutputType = "pil",
@@ -299,7 +272,8 @@ class NextScalePipeline:
             top_p: Probability mass kept, in (0, 1]; 1.0 is off.
             temperature: Positive.
             more_smooth: Gumbel-softmax mixing of codes.
-            seed: Image i draws from `seed + i`; None: random, returned in `seeds`.
+            seed: Image i draws from `seed + i`, or from its own of a list; None: random, returned in
+                `seeds`.
             generator: Instead of `seed`: one that draws the base seed, or a list, one per image,
                 each of which draws its image's seed.
             batch_size: Split the call into batches; the draws do not change.
@@ -349,13 +323,13 @@ class NextScalePipeline:
             parts, latents = [], []
             for step in steps:
                 parts.append(step.tokens)
-                latents.append(step.f_hat)
+                latents = [*(latents if return_scales else ()), step.f_hat]
                 if callback is not None:
                     callback(start, step)
             tokens.append(torch.cat(parts, dim=1).cpu())
-            images.append(self.decode(latents[-1]))
+            images.append(self.decode(latents[-1]).cpu())
             if return_scales:
-                previews.append([self.decode(f_hat) for f_hat in latents])
+                previews.append([self.decode(f_hat).cpu() for f_hat in latents])
         scales = [torch.cat(parts) for parts in zip(*previews, strict=True)] or None
         return PipelineOutput(
             _convert(torch.cat(images), output_type), torch.cat(tokens), seeds, scales
@@ -424,6 +398,7 @@ class NextScalePipeline:
         model = self.transformer
         if prompt is None and class_labels is None:
             ids = model.conditioner.null(count)
+            settings["guidance_scale"] = 1.0  # both sides are the null condition
         else:
             conditions = self._conditions(prompt, class_labels)
             if len(conditions) not in (1, count):
@@ -434,9 +409,12 @@ class NextScalePipeline:
         source = self.tokenizer.encode(images.to(self.device) * 2 - 1)
         forcing = keep_tokens(schedule, source, box_mask(schedule, box, mode))
         seeds = image_seeds(seed, None, count)
-        steps = list(self.stream(ids, self.settings(**settings), seeds=seeds, forcing=forcing))
-        pictures = _convert(self.decode(steps[-1].f_hat), output_type)
-        return PipelineOutput(pictures, torch.cat([s.tokens for s in steps], 1).cpu(), seeds)
+        tokens, f_hat = [], source.new_zeros(())
+        for step in self.stream(ids, self.settings(**settings), seeds=seeds, forcing=forcing):
+            tokens.append(step.tokens)
+            f_hat = step.f_hat
+        pictures = _convert(self.decode(f_hat), output_type)
+        return PipelineOutput(pictures, torch.cat(tokens, dim=1).cpu(), seeds)
 
     def decode(self, f_hat: Tensor) -> Tensor:
         """float32 images in [0, 1] of an accumulated latent."""
@@ -455,7 +433,9 @@ class NextScalePipeline:
             raise UserError("pass exactly one of prompt and class_labels")
         takes_prompts = self.transformer.conditioner.prompts
         if takes_prompts != (prompt is not None):
-            wanted, got = ("prompt", "class_labels") if takes_prompts else ("class_labels", "prompt")
+            wanted, got = (
+                ("prompt", "class_labels") if takes_prompts else ("class_labels", "prompt")
+            )
             raise UserError(f"this model takes {wanted}, got {got}")
         given = prompt if prompt is not None else class_labels
         if isinstance(given, Tensor):
@@ -495,7 +475,7 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
 
 
 def image_seeds(
-    seed: int | None,
+    seed: int | Sequence[int] | None,
     generator: torch.Generator | list[torch.Generator] | None,
     count: int,
 ) -> list[int]:
@@ -514,7 +494,11 @@ def image_seeds(
         seed = _draw_seed(generator) // 2
     if seed is None:
         seed = random_seed()
-    if not 0 <= seed <= MAX_SEED - count:
+    if not isinstance(seed, int):
+        if len(seed) != count:
+            raise UserError(f"{len(seed)} seeds for {count} images; pass one per image")
+        return list(seed)
+    if not 0 <= seed <= SEED_LIMIT - count:
         raise UserError(
             f"seed {seed} is out of range: image i uses seed + i, which must lie in [0, 2^32)"
         )
@@ -522,11 +506,11 @@ def image_seeds(
 
 
 def _draw_seed(generator: torch.Generator) -> int:
-    return int(torch.randint(MAX_SEED, (), generator=generator, device=generator.device))
+    return int(torch.randint(SEED_LIMIT, (), generator=generator, device=generator.device))
 
 
 def _convert(images: Tensor, output_type: OutputType) -> Any:
-    """float [B, 3, H, W] in [0, 1] -> what the caller asked for; 8 bits are rounded."""
+    """Float [B, 3, H, W] in [0, 1] -> what the caller asked for; 8 bits are rounded."""
     if output_type == "pt":
         return images.cpu()
     array = images.permute(0, 2, 3, 1).cpu().numpy()

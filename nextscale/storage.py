@@ -22,7 +22,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from nextscale.errors import UserError
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 StrPath = str | os.PathLike[str]
+T = TypeVar("T")
 
 ASSETS = Path(__file__).parent / "assets"
 """Where the bundled models lie, one folder each."""
@@ -226,6 +227,8 @@ def read_config(path: StrPath, version: int, kind: str) -> dict[str, Any]:
         UserError: If the file is of another class or of a newer format.
     """
     config = read_json(path)
+    if not isinstance(config, dict):
+        raise UserError(f"{path} holds no configuration; download or convert the model again")
     found, number = config.pop("class", None), config.pop("format_version", None)
     if found != kind:
         raise UserError(f"{path} describes a {found}, not a {kind}; pass the matching folder")
@@ -234,6 +237,22 @@ def read_config(path: StrPath, version: int, kind: str) -> dict[str, Any]:
             f"{path} has format_version {number}, this nextscale reads up to {version}; update it"
         )
     return config
+
+
+def build(cls: type[T], values: Mapping[str, Any], path: StrPath) -> T:
+    """Make a configuration from what its file holds.
+
+    Raises:
+        UserError: If a key is missing or unknown; the message names the file.
+    """
+    try:
+        return cls(**values)
+    except TypeError as error:
+        reason = str(error).split(") ", 1)[-1].removeprefix(f"{cls.__name__}.__init__() ")
+        raise UserError(
+            f"{path} does not fit this version of nextscale: {reason}. Download or convert the "
+            "model again, or update nextscale"
+        ) from error
 
 
 def load_state(module: nn.Module, state: Mapping[str, Tensor], label: StrPath) -> None:

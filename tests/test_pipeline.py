@@ -58,7 +58,9 @@ def test_save_and_load_give_the_same_tokens(pipe: NextScalePipeline, tmp_path: P
     pipe.save_pretrained(tmp_path / "model")
     again = NextScalePipeline.from_pretrained(tmp_path / "model", dtype="float32", device="cpu")
     assert again.generation == pipe.generation
-    assert torch.equal(again(class_labels=[0, 4], seed=5).tokens, pipe(class_labels=[0, 4], seed=5).tokens)
+    assert torch.equal(
+        again(class_labels=[0, 4], seed=5).tokens, pipe(class_labels=[0, 4], seed=5).tokens
+    )
     assert "a prompt" not in (tmp_path / "model" / "README.md").read_text()
 
 

@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         argv: Words after the program's name; None: those of this process.
 
     Returns:
-        0 for success, 2 for bad input, 1 when the work failed, 130 after Ctrl-C.
+        0 for success, 2 for bad input, 1 when the work failed or was interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:

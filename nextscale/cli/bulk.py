@@ -106,7 +106,7 @@ def _draw(job: Job, pipe: NextScalePipeline, output: Output, todo: set[int]) -> 
                 **{key: [job.condition(i) for i in padded]},
                 **settings,
                 negative_prompt=job.config.negative_prompt,
-                seed=job.seed + rows[0],
+                seed=[job.seed + i for i in padded],
                 return_scales=job.config.save_scales,
                 callback=tick,
             )

@@ -79,7 +79,7 @@ def failure(error: BaseException, *, debug: bool) -> int:
         return 0
     if isinstance(error, KeyboardInterrupt):
         print(f"nextscale: {error or 'interrupted'}", file=sys.stderr)
-        return 130
+        return 1
     if isinstance(error, Failed):
         return error.exit_code
     if isinstance(error, UserError):

@@ -86,13 +86,12 @@ def resolve_job(config: GenerateConfig) -> Job:
     from nextscale.pipeline import image_seeds, resolve_dtype
     from nextscale.var.sampling import SamplingConfig
 
-    # In batches of the full size: the pictures that pad the last one have seeds too.
     count = len(conditions) * config.num_images
     before = read_recipe(str(folder / RECIPE)) if (folder / RECIPE).exists() else {}
     seed = None if config.seed == -1 else config.seed
     if seed is None and config.resume:
         seed = before.get("seed")
-    seed = image_seeds(seed, None, -(-count // config.batch_size) * config.batch_size)[0]
+    seed = image_seeds(seed, None, count)[0]
     settings = asdict(SamplingConfig(**{**model.generation, **config.sampling()}))
     import torch
 
@@ -115,6 +114,11 @@ def resolve_job(config: GenerateConfig) -> Job:
             (folder / name).unlink(missing_ok=True)
     elif config.resume and before:
         _check_same(job, before)
+    elif config.resume and any(job.path(i).exists() for i in range(job.count)):
+        raise UserError(
+            f"--resume: {config.output_dir} holds pictures but no {RECIPE} that says how they were "
+            "made. Choose another folder, or --overwrite."
+        )
     return job
 
 

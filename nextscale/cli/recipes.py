@@ -117,7 +117,12 @@ def recipe_flags(values: Mapping[str, Any], settings: type | None, prefix: str =
         elif declared is bool and isinstance(value, bool):
             flags.append(flag if value else f"--{prefix}no_{key}")
         elif isinstance(value, list | tuple):
-            flags += [flag, *(str(x) for x in _flat(value))]
+            if any(isinstance(x, list | tuple) for x in value):
+                raise UserError(
+                    f"{prefix}{key}: a recipe takes a flat list, got {value}. Scales that are not "
+                    "square are for the Python API."
+                )
+            flags += [flag, *map(str, value)]
         else:
             flags += [flag, str(value)]
     return flags
@@ -146,7 +151,3 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
         elif value is not None:
             plain[key] = value
     return plain
-
-
-def _flat(values: Any) -> list[Any]:
-    return [x for v in values for x in (_flat(v) if isinstance(v, list | tuple) else [v])]

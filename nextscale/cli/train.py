@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from nextscale import processes
 from nextscale.cli.console import Interrupted, Output, check_folder, number, table
 from nextscale.cli.flags import parse
 from nextscale.cli.recipes import to_yaml
+
+if TYPE_CHECKING:
+    from nextscale.tokenizers import MultiscaleVQ
+    from nextscale.var import NextScaleTransformer
 
 ABOUT = {
     "train tokenizer": "Train a multi-scale tokenizer. Runs under accelerate launch and torchrun: "
@@ -26,6 +31,7 @@ def run(command: str, arguments: list[str]) -> int:
     """Train and print the last figures."""
     train: Any
     settings: type
+    extra: dict[str, Any] = {}
     if command == "train tokenizer":
         from nextscale.tokenizers.train import TokenizerTrainingConfig as settings
         from nextscale.tokenizers.train import train_tokenizer as train
@@ -39,8 +45,10 @@ def run(command: str, arguments: list[str]) -> int:
         print(to_yaml(command, asdict(config)), end="")
         return 0
     check_folder(config.output_dir, empty=False)
+    if command == "train var" and config.num_validation_prompts:
+        extra["evaluate"] = partial(_prompt_accuracy, config)
     try:
-        result = train(config, progress=output.bar())
+        result = train(config, progress=output.bar(), **extra)
     except KeyboardInterrupt as error:
         raise Interrupted(
             f"interrupted; the checkpoints in {config.output_dir} are kept, continue with "
@@ -49,6 +57,32 @@ def run(command: str, arguments: list[str]) -> int:
     if processes.is_main():
         _report(config.output_dir, result, output)
     return 0
+
+
+def _prompt_accuracy(
+    config: Any, model: NextScaleTransformer, tokenizer: MultiscaleVQ, step: int
+) -> dict[str, float]:
+    """Share of benchmark captions whose picture the checker accepts, for scenes models."""
+    import torch
+
+    from nextscale.data.benchmark import load_benchmark
+    from nextscale.data.checker import check_batch, prompt_accuracy
+    from nextscale.data.detector import MIN_SIDE
+    from nextscale.data.images import to_uint8
+    from nextscale.pipeline import NextScalePipeline, resolve_dtype
+
+    small = min(tokenizer.resolution) < MIN_SIDE  # too small for the checker
+    if small or model.conditioner.config().get("grammar") != "scenes":
+        return {}
+    captions = load_benchmark("standard")[: config.num_validation_prompts]
+    half = resolve_dtype("auto", model.device) == torch.bfloat16
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
+        pipe = NextScalePipeline(tokenizer, model, config.generation)
+        images = pipe(captions, seed=0, batch_size=50, output_type="pt").images
+    pixels = to_uint8(images).permute(0, 2, 3, 1).numpy()
+    figures = prompt_accuracy(check_batch(pixels, captions))
+    kinds = {f"prompt_{k}": v["accuracy"] for k, v in figures["kinds"].items()}
+    return {"prompt_accuracy": figures["accuracy"], **kinds}
 
 
 def _report(folder: str, result: Any, output: Output) -> None:

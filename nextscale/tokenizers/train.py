@@ -31,6 +31,7 @@ from nextscale.tokenizers.codebook import (
     record_usage,
     revive,
 )
+from nextscale.tokenizers.quantizer import PhiConv
 from nextscale.tokenizers.tokenizer import MultiscaleVQ, TokenizerConfig, psnr
 from nextscale.training import FitResult, TrainingConfig, fit, frozen, save_grid
 
@@ -212,8 +213,14 @@ def initialize(tokenizer: MultiscaleVQ) -> None:
 
     Convolutions keep the variance of their input and every residual branch starts at zero. With
     torch's default initialisation (a third of the variance per layer) colour took ten times as
-    long to appear.
+    long to appear. phi starts as the identity: otherwise it halves a code, the code moves to twice
+    the vector that chose it, and that vector chooses another code.
     """
+    for phi in tokenizer.quantizer.phi:
+        assert isinstance(phi, PhiConv)
+        nn.init.dirac_(phi.weight)
+        assert phi.bias is not None
+        nn.init.zeros_(phi.bias)
     for name, module in tokenizer.named_modules():
         if isinstance(module, nn.Conv2d) and not name.startswith("quantizer."):
             nn.init.kaiming_normal_(module.weight, nonlinearity="linear")

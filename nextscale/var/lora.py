@@ -93,6 +93,11 @@ def load_lora(model: NextScaleTransformer, folder: str | Path, scale: float = 1.
     """
     folder = Path(folder)
     config = storage.read_config(folder / "adapter_config.json", FORMAT_VERSION, "NextScaleLora")
+    if model.head.weight.dtype == torch.float16:  # its rounding would change the fingerprint
+        raise UserError(
+            "a LoRA is put on a base in float32 or bfloat16; load the model with one of these, and "
+            "cast it afterwards"
+        )
     if config["base_fingerprint"] != base_fingerprint(model):
         raise UserError(
             f"the LoRA {folder} was trained on other weights than this model's; load the model "

@@ -245,6 +245,7 @@ def _run_prefix(
             f"a prefix holds whole scales, {ends} tokens for the scales {schedule}; "
             f"got {prefix.shape[1]}"
         )
+    prefix = prefix.to(model.device)
     count = ends.index(prefix.shape[1]) + 1
     inputs: list[Tensor] = []
     for k in range(count):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nextscale import storage
+from nextscale import processes, storage
 from nextscale.data import captions as scenes_grammar
 from nextscale.data.config import DataConfig, open_dataset
 from nextscale.data.images import to_float
@@ -33,6 +33,7 @@ from nextscale.var.conditioning import (
     split_words,
 )
 from nextscale.var.lora import DEFAULT_TARGETS, add_lora, save_lora
+from nextscale.var.model_folder import read_generation, save_model
 from nextscale.var.sampling import SamplingConfig, sample
 from nextscale.var.transformer import NextScaleTransformer, TransformerConfig, initialize
 
@@ -85,11 +86,12 @@ class TransformerTrainingConfig(TrainingConfig, DataConfig):
 
     num_validation_images: int = 512
     """Images of the validation split for loss and accuracy."""
+    num_validation_prompts: int = 100
+    """Captions of the `standard` benchmark for prompt accuracy, on models with the scenes grammar;
+    0 = off."""
     cache_inputs: bool = False
     """Keep the transformer inputs of a token-map dataset in memory (bfloat16)."""
-    generation: SamplingConfig = field(
-        default_factory=lambda: SamplingConfig(guidance_scale=3.0, top_k=0, top_p=1.0)
-    )
+    generation: SamplingConfig = field(default_factory=lambda: SamplingConfig(guidance_scale=3.0))
     """Settings of the sample grids, stored as the model's defaults."""
 
     def __post_init__(self) -> None:
@@ -104,13 +106,7 @@ class TransformerTrainingConfig(TrainingConfig, DataConfig):
             raise UserError("lora_rank needs a base: pass --model NAME or FOLDER")
 
 
-@dataclass
-class _Batch:
-    """Examples on the way to the model; a NamedTuple would lose its name in accelerate."""
-
-    tokens: Tensor
-    inputs: Tensor | None
-    ids: Tensor
+Batch = dict[str, Tensor | None]  # images or tokens, inputs, ids
 
 
 def train_transformer(
@@ -128,10 +124,12 @@ def train_transformer(
         `val/accuracy` and `val/accuracy_last` (top-1 over all tokens and the last scale).
     """
     tokenizer, base, generation = _load_models(config)
+    if generation is not None and config.generation == SamplingConfig(guidance_scale=3.0):
+        config = replace(config, generation=generation)  # fine-tuning keeps the base's defaults
     examples = _open_examples(config, tokenizer, "train")
     validation = _open_examples(config, tokenizer, "validation")
     model = base if base is not None else _new_model(config, tokenizer, examples)
-    model = _fit_classes(model, examples)
+    model = _fit_classes(model, examples, lora=config.lora_rank > 0)
     lora = None
     if config.lora_rank:
         lora = add_lora(
@@ -145,19 +143,20 @@ def train_transformer(
     schedule = model.schedule
     scale_index = schedule.scale_index()
 
-    def load_batch(indices: np.ndarray, step: int) -> dict[str, Tensor | None]:
+    def load_batch(indices: np.ndarray, step: int) -> Batch:
         batch = examples.load(indices, step)
         noise = [torch.rand(1, generator=stream(config.seed, step, int(i))) for i in indices]
         dropped = torch.cat(noise) < config.label_dropout
+        ids = batch["ids"]
+        assert ids is not None
+        shape = (-1,) + (1,) * (ids.ndim - 1)
         null = model.conditioner.null(len(indices))
-        shape = (-1,) + (1,) * (batch.ids.ndim - 1)
-        ids = torch.where(dropped.view(shape), null, batch.ids)
-        return {"tokens": batch.tokens, "inputs": batch.inputs, "ids": ids}
+        return {**batch, "ids": torch.where(dropped.view(shape), null, ids)}
 
     def losses(
-        modules: Mapping[str, nn.Module], batch: dict[str, Tensor], step: int
+        modules: Mapping[str, nn.Module], batch: Batch, step: int
     ) -> Iterator[tuple[str, Tensor, Mapping[str, float | Tensor]]]:
-        tokens, inputs = batch["tokens"], batch["inputs"]
+        tokens, inputs = _tokens(batch, tokenizer), batch["inputs"]
         if inputs is None or config.input_noise:
             noisy = _replace_some(tokens, config.input_noise, tokenizer.config.codebook_size)
             inputs = tokenizer.teacher_inputs(noisy)
@@ -181,7 +180,8 @@ def train_transformer(
         network = modules["transformer"]
         assert isinstance(network, NextScaleTransformer)
         report = _measure(network, tokenizer, validation, config)
-        _save_samples(network, tokenizer, validation, config, step)
+        if processes.is_main():
+            _save_samples(network, tokenizer, validation, config, step)
         if evaluate is not None:
             report |= evaluate(network, tokenizer, step)
         return report
@@ -200,6 +200,8 @@ def train_transformer(
     final = result.ema_modules.get("transformer", model)
     assert isinstance(final, NextScaleTransformer)
     folder = Path(config.output_dir) / "model"
+    if not processes.is_main():
+        return result
     if lora is not None:
         settings = {
             "rank": config.lora_rank,
@@ -208,34 +210,17 @@ def train_transformer(
         }
         save_lora(final, folder, settings)
     else:
-        save_model(folder, tokenizer, final, generation or config.generation)
+        save_model(folder, tokenizer, final, config.generation)
     return result
 
 
-def save_model(
-    folder: Path, tokenizer: MultiscaleVQ, model: NextScaleTransformer, generation: SamplingConfig
-) -> None:
-    """Write the model's folder as `NextScalePipeline.from_pretrained` reads it."""
-    from dataclasses import asdict
-
-    with storage.replace_folder(folder) as target:
-        tokenizer.save_pretrained(target / "tokenizer")
-        model.save_pretrained(target)
-        index = {"tokenizer": "MultiscaleVQ", "transformer": "NextScaleTransformer"}
-        for name, cls, values in (
-            ("model_index.json", "NextScalePipeline", index),
-            ("generation_config.json", "SamplingConfig", asdict(generation)),
-        ):
-            storage.write_json(target / name, {"format_version": 1, "class": cls, **values})
-
-
 class _Examples:
-    """Tokens and condition ids by index, from images (tokenized on the fly) or token maps."""
+    """Images or token maps, and condition ids, by index."""
 
     def __init__(
         self, source: ImageSource | TokenMaps, tokenizer: MultiscaleVQ, cache_inputs: bool
     ) -> None:
-        self.source, self.tokenizer = source, tokenizer
+        self.source = source
         self.conditioner: Conditioner | None = None
         self._inputs: Tensor | None = None
         if cache_inputs and isinstance(source, TokenMaps):
@@ -248,21 +233,33 @@ class _Examples:
     def __len__(self) -> int:
         return len(self.source)
 
-    def load(self, indices: np.ndarray, step: int = 0) -> _Batch:
+    def load(self, indices: np.ndarray, step: int = 0) -> Batch:
+        """On the CPU, by the loop's workers: images are tokenized later, on the device."""
+        batch: Batch = {"images": None, "tokens": None, "inputs": None}
         if isinstance(self.source, TokenMaps):
-            tokens, labels, captions = self.source.load(indices)
+            batch["tokens"], labels, captions = self.source.load(indices)
         else:
-            batch = self.source.load(indices, step=step)
-            device = self.tokenizer.quant_conv.weight.device
-            tokens = self.tokenizer.encode(to_float(batch.images).to(device)).cpu()
-            labels, captions = batch.labels, batch.captions
+            loaded = self.source.load(indices, step=step)
+            batch["images"], labels, captions = loaded.images, loaded.labels, loaded.captions
         assert self.conditioner is not None
         conditions = captions if self.conditioner.prompts else labels
         if conditions is None:
             kind = "captions" if self.conditioner.prompts else "class labels"
             raise UserError(f"the model needs {kind}, the dataset has none")
-        inputs = None if self._inputs is None else self._inputs[torch.as_tensor(indices)]
-        return _Batch(tokens, inputs, self.conditioner.tokenize(list(conditions)))
+        if self._inputs is not None:
+            batch["inputs"] = self._inputs[torch.as_tensor(indices)]
+        batch["ids"] = self.conditioner.tokenize(list(conditions))
+        return batch
+
+
+def _tokens(batch: Batch, tokenizer: MultiscaleVQ) -> Tensor:
+    """The batch's tokens on the tokenizer's device."""
+    device = tokenizer.quant_conv.weight.device
+    images, tokens = batch["images"], batch["tokens"]
+    if tokens is None:
+        assert images is not None
+        return tokenizer.encode(to_float(images.to(device)))
+    return tokens.to(device)
 
 
 def _load_models(
@@ -273,9 +270,7 @@ def _load_models(
     if config.model is not None:
         folder = storage.resolve_model(config.model)
         base = NextScaleTransformer.from_pretrained(folder)
-        if (folder / "generation_config.json").exists():
-            values = storage.read_config(folder / "generation_config.json", 1, "SamplingConfig")
-            generation = SamplingConfig(**values)
+        generation = read_generation(folder)
     else:
         folder = storage.resolve_model(config.tokenizer)
     inner = folder / "tokenizer"
@@ -346,11 +341,18 @@ def _vocabulary(config: TransformerTrainingConfig, source: ImageSource | TokenMa
     return sorted(words)
 
 
-def _fit_classes(model: NextScaleTransformer, examples: _Examples) -> NextScaleTransformer:
+def _fit_classes(
+    model: NextScaleTransformer, examples: _Examples, *, lora: bool
+) -> NextScaleTransformer:
     """Give a class-conditional base as many classes as the dataset has."""
     conditioner, classes = model.conditioner, examples.source.num_classes
     if not isinstance(conditioner, ClassConditioner) or classes in (None, conditioner.num_classes):
         return model
+    if lora:
+        raise UserError(
+            f"the model has {conditioner.num_classes} classes and the dataset {classes}: a LoRA "
+            "cannot hold a new class table; fine-tune all weights (lora_rank 0)"
+        )
     logger.warning(
         "the model has %d classes, the dataset %d: the class table starts anew",
         conditioner.num_classes,
@@ -426,8 +428,8 @@ def _measure(
     for start in range(0, count, config.train_batch_size):
         indices = np.arange(start, min(start + config.train_batch_size, count))
         batch = validation.load(indices)
-        tokens = batch.tokens.to(model.device)
-        logits = model(tokenizer.teacher_inputs(tokens), ids=batch.ids.to(model.device))
+        tokens = _tokens(batch, tokenizer)
+        logits = model(tokenizer.teacher_inputs(tokens), ids=batch["ids"])
         entropies.append(F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none"))
         hits.append((logits.argmax(-1) == tokens).float())
     entropy, hit = torch.cat(entropies).mean(0), torch.cat(hits).mean(0)
@@ -450,7 +452,8 @@ def _save_samples(
     step: int,
 ) -> None:
     """A grid of 16 pictures of validation conditions at fixed seeds."""
-    ids = validation.load(np.arange(min(16, len(validation)))).ids
+    ids = validation.load(np.arange(min(16, len(validation))))["ids"]
+    assert ids is not None
     seeds = list(range(len(ids)))
     condition = model.condition(ids)
     *_, last = sample(model, tokenizer, condition, config.generation, seeds=seeds)

@@ -519,7 +519,9 @@ class NextScaleTransformer(nn.Module):
         config = storage.read_config(
             folder / "transformer" / "config.json", FORMAT_VERSION, "NextScaleTransformer"
         )
-        model = cls(TransformerConfig(**config), CONDITIONERS[kind](**values))
+        conditioner = storage.build(CONDITIONERS[kind], values, folder / "conditioner")
+        sizes = storage.build(TransformerConfig, config, folder / "transformer")
+        model = cls(sizes, conditioner)
         state = storage.read_tensors(folder / "transformer" / "model.safetensors")
         rest = storage.read_tensors(folder / "conditioner" / "model.safetensors")
         state |= {f"conditioner.{k}": v for k, v in rest.items()}

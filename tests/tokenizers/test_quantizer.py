@@ -173,13 +173,15 @@ def test_phi_mixes_its_input_with_its_convolution() -> None:
 
 def test_encoding_stays_in_float32_under_autocast() -> None:
     schedule = ScaleSchedule([1, 2, 4])
-    quantizer, f = random_quantizer(11), random_latents(12, schedule, batch=8)
+    quantizer, f = random_quantizer(11), random_latents(12, schedule, batch=64)
     with torch.autocast("cpu", torch.bfloat16):
         tokens = quantizer.encode(f, schedule)
         trained = quantizer(f, schedule)
     assert torch.equal(tokens, quantizer.encode(f, schedule))
     assert torch.equal(trained.tokens, tokens)
     assert trained.f_hat.dtype == trained.loss.dtype == torch.float32
+    half = f.bfloat16()
+    assert torch.equal(quantizer.encode(half, schedule), quantizer.encode(half.float(), schedule))
 
 
 def test_a_latent_of_another_grid_is_refused() -> None:

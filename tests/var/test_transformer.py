@@ -435,7 +435,9 @@ def test_models_that_the_released_format_cannot_hold_are_not_written(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_model_with_context_samples_in_half_precision(
-    dtype: torch.dtype, tiny_tokenizer: MultiscaleVQ, build_model: Callable[..., NextScaleTransformer]
+    dtype: torch.dtype,
+    tiny_tokenizer: MultiscaleVQ,
+    build_model: Callable[..., NextScaleTransformer],
 ) -> None:
     words = WordConditioner(width=32, words=("red",), encoder_width=16, encoder_heads=2)
     model = build_model(words)
