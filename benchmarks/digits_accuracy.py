@@ -2,7 +2,7 @@
 
     python benchmarks/digits_accuracy.py --model runs/digits-var/model
 
-The classifier is a support vector machine on scikit-learn's 8x8 digits, fitted on the training split
+The classifier is a support vector machine on scikit-learn's digits, fitted on the training split
 only; its own accuracy on the validation split is printed beside.
 """
 

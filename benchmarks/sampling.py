@@ -11,12 +11,16 @@ the same weights: what no sampler around the same kernels can beat.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import multiprocessing
 import platform
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +58,11 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in (F.linear, F.conv2d, torch.conv2d, F.scaled_dot_product_attention):
             if func is F.scaled_dot_product_attention:
-                kept = tuple(torch.empty_like(a) for a in args[:3])
+                kept = tuple(torch.randn_like(a) for a in args[:3])
                 self.calls.append((func, kept, {"scale": kwargs.get("scale")}))
             else:
                 rest = args[3:] if func is not F.linear else ()
-                self.calls.append((func, (torch.empty_like(args[0]), args[1], None, *rest), {}))
+                self.calls.append((func, (torch.randn_like(args[0]), args[1], None, *rest), {}))
         return func(*args, **kwargs)
 
     def replay(self) -> None:
@@ -94,63 +98,73 @@ def seconds(call: Callable[[], object], repeats: int, device: str) -> float:
 
 
 def peak_megabytes(device: str) -> float:
+    """Largest memory so far: of the GPU's allocator, or of the process."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 @torch.no_grad()
+def measure(
+    depth: int, dtype: str, batch: int, threads: int, *, repeats: int, compiled: bool, calls: int
+) -> dict[str, Any]:
+    """One row, in a process of its own so that the peak memory is its own."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(threads)
+    settings = SamplingConfig(guidance_scale=5.0, top_k=900, top_p=0.95)
+    model, tokenizer = build(depth, getattr(torch, dtype), device)
+    if compiled:
+        torch._dynamo.config.recompile_limit = 64  # one graph per scale
+        for block in model.blocks:
+            block.compile(dynamic=False)
+        tokenizer.decoder.compile()
+
+    def call() -> Tensor:
+        condition = model.condition(torch.arange(batch))
+        *_, last = sample(model, tokenizer, condition, settings, seeds=list(range(batch)))
+        return tokenizer.decode_latents(last.f_hat)
+
+    ours = seconds(call, repeats, device) / batch
+    peak = peak_megabytes(device)
+    for _ in range(calls):
+        call()
+    growth = peak_megabytes(device) - peak
+    with Recorder() as recorder:
+        call()
+    bound = seconds(recorder.replay, repeats, device) / batch
+    row: dict[str, Any] = {"depth": depth, "dtype": dtype, "batch": batch, "threads": threads}
+    row |= {"seconds_per_image": round(ours, 4), "bound": round(bound, 4)}
+    row |= {"ratio": round(ours / bound, 3), "compiled": compiled, "peak_mb": round(peak)}
+    if calls:
+        row |= {"calls": calls, "growth_mb": round(growth, 1)}
+    if device == "cuda" and (depth, batch) in ROOFLINE_MS:
+        row["roofline_ms"] = ROOFLINE_MS[depth, batch]
+    return row
+
+
 def main() -> None:
+    cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--depths", type=int, nargs="+", default=[16])
-    parser.add_argument("--batches", type=int, nargs="+", default=None)
-    parser.add_argument("--threads", type=int, nargs="+", default=None)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64] if cuda else [1, 4])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1] if cuda else [1, 2])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--calls", type=int, default=0, help="more calls, to see memory grow")
     parser.add_argument("--output", default="benchmarks/results/sampling.json")
     options = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    batches = options.batches or ([1, 8, 64] if device == "cuda" else [1, 4])
-    threads = options.threads or ([1] if device == "cuda" else [1, 2])
-    settings = SamplingConfig(guidance_scale=5.0, top_k=900, top_p=0.95)
     rows = []
-    for depth in options.depths:
-        for dtype in options.dtypes:
-            model, tokenizer = build(depth, getattr(torch, dtype), device)
-            if options.compile:
-                for block in model.blocks:
-                    block.compile(dynamic=False)
-                tokenizer.decoder.compile()
-            for batch in batches:
-
-                def call(batch: int = batch) -> Tensor:
-                    condition = model.condition(torch.arange(batch))
-                    *_, last = sample(
-                        model, tokenizer, condition, settings, seeds=list(range(batch))
-                    )
-                    return tokenizer.decode_latents(last.f_hat)
-
-                for count in threads:
-                    torch.set_num_threads(count)
-                    with Recorder() as recorder:
-                        call()
-                    ours = seconds(call, options.repeats, device) / batch
-                    bound = seconds(recorder.replay, options.repeats, device) / batch
-                    row = {
-                        "depth": depth, "dtype": dtype, "batch": batch, "threads": count,
-                        "seconds_per_image": round(ours, 4), "bound": round(bound, 4),
-                        "ratio": round(ours / bound, 3), "compiled": options.compile,
-                        "peak_mb": round(peak_megabytes(device)),
-                    }  # fmt: skip
-                    if device == "cuda" and (depth, batch) in ROOFLINE_MS:
-                        row["roofline_ms"] = ROOFLINE_MS[depth, batch]
-                    rows.append(row)
-                    print(json.dumps(row), flush=True)
-    device_name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
+    grid = itertools.product(options.depths, options.dtypes, options.batches, options.threads)
+    named = {"repeats": options.repeats, "compiled": options.compile, "calls": options.calls}
+    for case in grid:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            rows.append(pool.submit(measure, *case, **named).result())
+        print(json.dumps(rows[-1]), flush=True)
     result = {
-        "command": "python benchmarks/sampling.py",
-        "hardware": device_name,
+        "command": " ".join(["python", *sys.argv]),
+        "hardware": torch.cuda.get_device_name() if cuda else _cpu_name(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "rows": rows,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import sys
 from pathlib import Path
 
 import torch
@@ -54,7 +55,7 @@ def main() -> None:
                 print(json.dumps(row), flush=True)
     hardware = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
     result = {
-        "command": "python benchmarks/tokenizer.py",
+        "command": " ".join(["python", *sys.argv]),
         "hardware": hardware,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -34,7 +34,7 @@ class PipelineOutput:
         images: PIL images, or float [B, 3, H, W] in [0, 1] ("pt"), or float32 [B, H, W, 3] ("np").
         tokens: LongTensor [B, L] on the CPU, scales concatenated coarse to fine.
         seeds: One per image: running the call with it as `seed` gives this image alone.
-        scales: With `return_scales`: K tensors [B, 3, H, W] in [0, 1], the picture after each scale.
+        scales: With `return_scales`: the picture after each scale, K of [B, 3, H, W] in [0, 1].
     """
 
     images: Any
@@ -164,6 +164,7 @@ class NextScalePipeline:
 
     @property
     def device(self) -> torch.device:
+        """Where the transformer is."""
         return self.transformer.device
 
     @property
@@ -272,8 +273,8 @@ class NextScalePipeline:
             top_p: Probability mass kept, in (0, 1]; 1.0 is off.
             temperature: Positive.
             more_smooth: Gumbel-softmax mixing of codes.
-            seed: Image i draws from `seed + i`, or from its own of a list; None: random, returned in
-                `seeds`.
+            seed: Image i draws from `seed + i`, or from its own of a list; None: random, see
+                `seeds` of the output.
             generator: Instead of `seed`: one that draws the base seed, or a list, one per image,
                 each of which draws its image's seed.
             batch_size: Split the call into batches; the draws do not change.

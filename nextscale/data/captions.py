@@ -75,6 +75,7 @@ class Caption:
 
     @property
     def num_shapes(self) -> int:
+        """Shapes of all groups together."""
         return sum(group.count for group in self.groups)
 
 

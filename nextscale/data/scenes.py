@@ -155,7 +155,15 @@ def _place(rng: np.random.Generator, caption: Caption) -> tuple[Shape, ...] | No
         if good.any():
             chosen = centers[good.argmax()]
             return tuple(
-                Shape(g.shape, g.color, sizes[k], fills[k], *map(float, chosen[k]), float(radii[k]))
+                Shape(
+                    g.shape,
+                    g.color,
+                    sizes[k],
+                    fills[k],
+                    float(chosen[k, 0]),
+                    float(chosen[k, 1]),
+                    float(radii[k]),
+                )
                 for k, g in enumerate(groups)
             )
     return None
@@ -280,7 +288,7 @@ def signed_distance(shape: Shape, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
 
 
 def _shade(shape: Shape, dy: np.ndarray, size: int) -> np.ndarray:
-    """1 on bars of the pure colour, BAR_SHADE on dark bars; [rows, 1], edges smoothed by a pixel."""
+    """1 on bars of the pure colour, BAR_SHADE on dark bars, edges a pixel wide; [rows, 1]."""
     if shape.fill == "solid":
         return np.ones_like(dy)
     # Triangle wave in units of the side: distance to the nearest bar edge, positive on pure bars.

@@ -54,7 +54,8 @@ class LPIPS(nn.Module):
         from urllib.error import URLError
 
         try:
-            self.net = _LPIPS(pretrained=weights is None, net="vgg", pnet_rand=weights is not None)
+            # `pretrained` are the linear heads (bundled), `pnet_rand` leaves VGG16 to `_load`.
+            self.net = _LPIPS(pretrained=True, net="vgg", pnet_rand=weights is not None)
         except (URLError, OSError) as error:
             raise UserError(
                 "lpips_weight needs the VGG16 ImageNet weights (vgg16-397923af.pth, from "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import islice
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -11,15 +12,35 @@ from torch import Tensor
 
 from nextscale.tokenizers.quantizer import MultiscaleQuantizer, QuantizerOutput
 from nextscale.tokenizers.schedule import ScaleSchedule
-from nextscale.tokenizers.tokenizer import MultiscaleVQ
 
 USAGE_DECAY = 0.99
+KMEANS_VECTORS = 2**17  # of a scale, at most; k-means draws from them
 
 
 def codebook_perplexity(counts: Tensor) -> float:
     """Perplexity, exp of the entropy in nats of the code histogram: V if all are used equally."""
-    share = counts.float() / counts.sum()
-    return float(torch.exp(-(share * share.clamp_min(1e-12).log()).sum()))
+    return float(_perplexity(counts))
+
+
+def usage_metrics(quantizer: MultiscaleQuantizer) -> dict[str, float]:
+    """Per scale k from `quantizer.usage`: `usage_k`, share of codes used lately, `perplexity_k`.
+
+    Used lately is what has over 1 % of uniform usage. Empty before the first `record_usage`.
+    """
+    usage = quantizer.usage
+    rows = torch.stack([(usage > 0.01).float().mean(dim=1), _perplexity(usage)]).T.tolist()
+    if not any(share for share, _ in rows):
+        return {}
+    return {
+        f"{name}_{k}": value
+        for k, row in enumerate(rows)
+        for name, value in zip(("usage", "perplexity"), row, strict=True)
+    }
+
+
+def _perplexity(counts: Tensor) -> Tensor:
+    share = counts.float() / counts.sum(dim=-1, keepdim=True)
+    return torch.exp(-(share * share.clamp_min(1e-12).log()).sum(dim=-1))
 
 
 @torch.no_grad()
@@ -46,8 +67,7 @@ def revive(
     """Move codes that no scale uses onto vectors of the batch; returns how many.
 
     They go to the scales that use the fewest different codes: without that the coarse scales, with
-    few tokens per image, starve. If all codes are in use and some scale still uses less than half
-    of them, it gets the 1/64 of the codebook that is used least.
+    few tokens per image, starve.
 
     Args:
         quantizer: Its codebook and usage change in place.
@@ -61,12 +81,7 @@ def revive(
     weights = (1 - share).square() + 1e-3
     dead = torch.nonzero(usage.amax(dim=0) < threshold).flatten()
     if not len(dead):
-        poorest = int(share.argmin())
-        if share[poorest] >= 0.5:
-            return 0
-        elsewhere = usage.sum(dim=0) + 1e3 * (usage[poorest] > threshold / 10)
-        dead = elsewhere.argsort()[: max(len(elsewhere) // 64, 1)]
-        weights = torch.nn.functional.one_hot(share.argmin(), len(share)).float()
+        return 0
     chosen = torch.multinomial(weights, len(dead), replacement=True, generator=generator)
     picks = torch.rand(len(dead), generator=generator)
     vectors = torch.stack(
@@ -88,15 +103,65 @@ def revive(
 
 
 @torch.no_grad()
-def ema_update(quantizer: MultiscaleQuantizer, quantized: QuantizerOutput, decay: float) -> None:
+def refit(
+    quantizer: MultiscaleQuantizer,
+    schedule: ScaleSchedule,
+    latents: Tensor,
+    share: float,
+    generator: torch.Generator,
+) -> list[int]:
+    """Give every scale that uses less than `share` of the codebook that many codes of its own.
+
+    Its new codes are k-means centres of what it quantizes; the places are those that the other
+    scales use least. Moving single codes onto single vectors (`revive`) cannot do this: in many
+    dimensions a vector is farther from its neighbours than the centre of them all.
+
+    Args:
+        quantizer: Its codebook changes in place.
+        schedule: Scales.
+        latents: [b, Z, h, w] of many images, several times V.
+        share: In [0, 1].
+        generator: CPU generator, the same on every process.
+
+    Returns:
+        The scales that got new codes.
+    """
+    weight = quantizer.codebook.weight
+    size, refitted = len(weight), []
+    for k in range(schedule.num_scales):
+        steps = list(quantizer.residuals(latents, schedule))
+        counts = torch.stack([torch.bincount(t.flatten(), minlength=size) for _, t, _ in steps])
+        vectors = steps[k][0]
+        wanted = round(share * min(size, len(vectors)))
+        if int((counts[k] > 0).sum()) >= wanted:
+            continue
+        elsewhere = counts.sum(dim=0) - counts[k]
+        places = elsewhere.argsort()[:wanted]
+        weight[places] = _from_main_process(_kmeans(vectors, wanted, generator, 20)).to(weight)
+        refitted.append(k)
+    return refitted
+
+
+@torch.no_grad()
+def ema_update(
+    quantizer: MultiscaleQuantizer, tokens: Tensor, residuals: Sequence[Tensor], decay: float
+) -> None:
     """Move each code towards the mean of the vectors that chose it (van den Oord et al. 2017, A.1).
 
     Ours differs in that the running counts are not kept: a code used in this step moves by
     1 - decay towards the mean of this step's vectors, all scales together.
+
+    Args:
+        quantizer: Its codebook changes in place.
+        tokens: [B, L].
+        residuals: What each scale quantized, K tensors [B n_k^2, Z].
+        decay: Share of the old code that stays.
     """
     weight = quantizer.codebook.weight
-    tokens = torch.cat(_tokens_by_scale(quantized))
-    vectors = torch.cat(list(quantized.residuals))
+    lengths = [len(r) // len(tokens) for r in residuals]
+    # In the order of the vectors: scale by scale, image by image.
+    tokens = torch.cat([part.reshape(-1) for part in tokens.split(lengths, dim=1)])
+    vectors = torch.cat(list(residuals))
     counts = torch.bincount(tokens, minlength=len(weight)).float()
     sums = torch.zeros_like(weight).index_add_(0, tokens, vectors)
     counts, sums = _sum_over_processes(counts), _sum_over_processes(sums)
@@ -134,21 +199,34 @@ def entropy_loss(
 
 @torch.no_grad()
 def kmeans_start(
-    tokenizer: MultiscaleVQ, images: Tensor, generator: torch.Generator, iterations: int = 10
+    quantizer: MultiscaleQuantizer,
+    schedule: ScaleSchedule,
+    latents: Tensor,
+    generator: torch.Generator,
+    iterations: int = 10,
 ) -> None:
     """Fill the codebook scale by scale with k-means centres of what that scale has to quantize.
 
     Scale k gets its share of the codes (V / K each, the rest to the last); its residuals are those
     that the codes of the coarser scales leave.
+
+    Args:
+        quantizer: Its codebook changes in place.
+        schedule: Scales.
+        latents: [N, Z, h, w] of images in random order: a scale with many cells sees the first
+            ones only.
+        generator: CPU generator.
+        iterations: Rounds of k-means per scale.
     """
-    quantizer, schedule = tokenizer.quantizer, tokenizer.schedule
-    latents = torch.cat([tokenizer.latents(chunk) for chunk in images.split(64)])
     weight = quantizer.codebook.weight
     size, scales = len(weight), schedule.num_scales
     filled = 0
     for k in range(scales):
         end = size if k == scales - 1 else (k + 1) * size // scales
-        vectors, _, _ = next(islice(quantizer.residuals(latents, schedule), k, None))
+        if end == filled:  # fewer codes than scales
+            continue
+        some = latents[: -(-KMEANS_VECTORS // prod(schedule.sides[k]))]
+        vectors, _, _ = next(islice(quantizer.residuals(some, schedule), k, None))
         weight[filled:end] = _kmeans(vectors, end - filled, generator, iterations)
         weight[end:] = weight[filled]  # unreachable duplicates until their turn
         filled = end
@@ -169,12 +247,6 @@ def _kmeans(
         used = counts > 0
         centers[used] = sums[used] / counts[used, None]
     return centers
-
-
-def _tokens_by_scale(quantized: QuantizerOutput) -> list[Tensor]:
-    """Tokens in the order of `residuals`: scale by scale, image by image."""
-    lengths = [len(r) // len(quantized.tokens) for r in quantized.residuals]
-    return [t.reshape(-1) for t in quantized.tokens.split(lengths, dim=1)]
 
 
 def _sum_over_processes(tensor: Tensor) -> Tensor:

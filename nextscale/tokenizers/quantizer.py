@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from nextscale.errors import UserError
 from nextscale.tokenizers.schedule import ScaleSchedule
 
+MAX_DISTANCES = 2**26  # held in memory at a time by the search: 256 MiB
+
 
 def phi_index(num_scales: int, num_phi: int = 4) -> list[int]:
     """The residual convolution j(k) of each scale k.
@@ -110,6 +112,10 @@ class MultiscaleQuantizer(nn.Module):
     @torch.no_grad()
     def nearest(self, vectors: Float[Tensor, "n c"]) -> Int[Tensor, " n"]:
         """Index of the nearest code, squared Euclidean distance, ties to the lowest index."""
+        rows = max(1, MAX_DISTANCES // self.codebook_size)
+        return torch.cat([self._nearest(part) for part in vectors.split(rows)])
+
+    def _nearest(self, vectors: Tensor) -> Tensor:
         codes = self.codebook.weight
         if self.cosine:
             return torch.argmax(F.normalize(vectors, dim=-1) @ F.normalize(codes, dim=-1).T, dim=1)
@@ -124,7 +130,9 @@ class MultiscaleQuantizer(nn.Module):
         grown = codes if last else F.interpolate(codes, size=schedule.grid, mode="bicubic")
         if not self.phi:
             return grown
-        return self.phi[phi_index(schedule.num_scales, len(self.phi))[k]](grown)
+        phi = self.phi[phi_index(schedule.num_scales, len(self.phi))[k]]
+        with torch.autocast(grown.device.type, enabled=False):
+            return phi(grown)
 
     def code_map(self, tokens: Int[Tensor, "b l"], k: int, schedule: ScaleSchedule) -> Tensor:
         """Code vectors of scale k's tokens as a map [b, Z, h_k, w_k]."""
@@ -156,7 +164,7 @@ class MultiscaleQuantizer(nn.Module):
         """Yield (F_k, A_{k+1}(F_k)) for k = 0..K-1 from all tokens."""
         weight = self.codebook.weight
         f_hat = weight.new_zeros(tokens.shape[0], weight.shape[1], *schedule.grid)
-        for k, part in enumerate(schedule.split(tokens)):
+        for k, part in enumerate(schedule.split(tokens.to(weight.device))):
             f_hat, following = self.step(f_hat, self.code_map(part, k, schedule), k, schedule)
             yield f_hat, following
 

@@ -132,7 +132,7 @@ class MultiscaleVQ(nn.Module):
             )
         if not images.is_floating_point():
             raise UserError(f"images must be floats in [-1, 1], got {images.dtype}; scale them")
-        return self.quant_conv(self.encoder(images.to(self.dtype))).float()
+        return self.quant_conv(self.encoder(images.to(self.quant_conv.weight))).float()
 
     @torch.no_grad()
     def encode(
@@ -161,7 +161,8 @@ class MultiscaleVQ(nn.Module):
     @torch.no_grad()
     def decode_latents(self, f_hat: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
         """Images of an accumulated latent F_k (any k: a preview), clamped to [-1, 1], float32."""
-        return self.decoder(self.post_quant_conv(f_hat.to(self.dtype))).float().clamp(-1, 1)
+        f_hat = f_hat.to(self.post_quant_conv.weight)
+        return self.decoder(self.post_quant_conv(f_hat)).float().clamp(-1, 1)
 
     @torch.no_grad()
     def teacher_inputs(

@@ -10,18 +10,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from nextscale.data.images import to_float
+from nextscale import processes
 from nextscale.data.config import DataConfig, open_dataset
+from nextscale.data.images import to_float
 from nextscale.data.sources import ImageSource
 from nextscale.errors import UserError
-from nextscale.streams import stream
+from nextscale.streams import batch_indices, stream
 from nextscale.tokenizers.adversarial import LPIPS, PatchDiscriminator, adaptive_weight
 from nextscale.tokenizers.codebook import (
     codebook_perplexity,
@@ -29,11 +31,14 @@ from nextscale.tokenizers.codebook import (
     entropy_loss,
     kmeans_start,
     record_usage,
+    refit,
     revive,
+    usage_metrics,
 )
-from nextscale.tokenizers.quantizer import PhiConv
+from nextscale.tokenizers.quantizer import PhiConv, phi_index
 from nextscale.tokenizers.tokenizer import MultiscaleVQ, TokenizerConfig, psnr
 from nextscale.training import FitResult, TrainingConfig, fit, frozen, save_grid
+from nextscale.training.config import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +70,16 @@ class TokenizerTrainingConfig(TrainingConfig, DataConfig):
     quantizer_start: int = 300
     """Steps as a plain autoencoder before the quantizer sets in; 0 = from the first step."""
     kmeans_start: bool = True
-    """Start the codebook from k-means of the latents, scale by scale, when the quantizer sets in."""
+    """Start the codebook from k-means of the latents, scale by scale, as the quantizer sets in."""
     revival_steps: int = 20
     """Replace unused codes every so many steps; 0 = never."""
     revival_threshold: float = 0.05
     """A code is unused if at every scale its usage is below this share of uniform usage."""
     revival_end: float = 0.9
     """Stop revival after this share of the run."""
+    refit_share: float = 0.0
+    """When revival ends, a scale that uses less than this share of the codebook gets so many codes
+    from k-means; 0 = off. Best when the learning rate is small by then."""
     codebook_update: Literal["gradient", "ema"] = "gradient"
     """How codes move: by the quantizer loss, or as moving averages of what they quantize."""
     codebook_decay: float = 0.99
@@ -84,6 +92,34 @@ class TokenizerTrainingConfig(TrainingConfig, DataConfig):
     num_validation_images: int = 2000
     """Images of the validation split that measure PSNR and codebook usage."""
 
+    def __post_init__(self) -> None:
+        """Refuse values that no run can work with.
+
+        Raises:
+            UserError: Naming parameter, value and fix.
+        """
+        super().__post_init__()
+        weights = ("l1", "l2", "quantizer", "lpips", "discriminator", "entropy")
+        counts = ("discriminator_start", "quantizer_start", "revival_steps")
+        for name in (*(f"{w}_weight" for w in weights), *counts):
+            value = getattr(self, name)
+            require(name, value, value >= 0, "be 0 or more")
+        for name in (
+            "revival_threshold",
+            "revival_end",
+            "refit_share",
+            "codebook_decay",
+            "scale_dropout",
+        ):
+            value = getattr(self, name)
+            require(name, value, 0 <= value <= 1, "lie in [0, 1]")
+        width, count = self.discriminator_channels, self.num_validation_images
+        groups = width > 0 and width % 8 == 0
+        require("discriminator_channels", width, groups, "be a multiple of 8, such as 64")
+        require("num_validation_images", count, count > 0, "be above 0")
+        update = self.codebook_update
+        require("codebook_update", update, update in ("gradient", "ema"), "be gradient or ema")
+
 
 def train_tokenizer(config: TokenizerTrainingConfig, *, progress: bool = True) -> FitResult:
     """Train a tokenizer and save it in `output_dir/tokenizer`.
@@ -94,7 +130,8 @@ def train_tokenizer(config: TokenizerTrainingConfig, *, progress: bool = True) -
 
     Returns:
         The result of the loop; `metrics` holds `val/psnr` (dB), `val/usage` (share of codes used)
-        and per scale k `val/codes_k` (distinct codes) and `val/perplexity_k`.
+        and per scale k `val/codes_k` (distinct codes) and `val/perplexity_k`. The saved tokenizer
+        is the averaged one if `use_ema`.
     """
     torch.manual_seed(stream(config.seed).initial_seed())
     tokenizer = MultiscaleVQ(config.tokenizer)
@@ -112,14 +149,16 @@ def train_tokenizer(config: TokenizerTrainingConfig, *, progress: bool = True) -
     if lpips is not None:
         modules["lpips"] = lpips
     if config.codebook_update == "ema":
-        tokenizer.quantizer.codebook.requires_grad_(False)
+        _make_buffer(tokenizer.quantizer.codebook, "weight")
     optimizers = {"tokenizer": _adamw(tokenizer, config)}
     if config.discriminator_weight:
         modules["discriminator"] = PatchDiscriminator(config.discriminator_channels)
         optimizers["discriminator"] = _adamw(modules["discriminator"], config)
     if config.kmeans_start and config.quantizer_start == 0:
-        _kmeans(config, tokenizer, images)  # a resumed run reads the codebook of its checkpoint
-    latest: dict[str, Any] = {}
+        # A resumed run reads the codebook of its checkpoint afterwards.
+        latents = _latents(config, tokenizer, images, 2)
+        kmeans_start(tokenizer.quantizer, tokenizer.schedule, latents, stream(config.seed, 1))
+    seen: list[tuple[Tensor, list[Tensor]]] = []  # tokens and residuals of each micro-batch
 
     def load_batch(indices: np.ndarray, step: int) -> Tensor:
         return images.load(indices, step=step).images
@@ -134,7 +173,6 @@ def train_tokenizer(config: TokenizerTrainingConfig, *, progress: bool = True) -
             quantize=step >= config.quantizer_start,
         )
         reconstruction = reconstruction.float()
-        latest["quantized"] = quantized
         l1, l2 = F.l1_loss(reconstruction, pixels), F.mse_loss(reconstruction, pixels)
         loss = config.l1_weight * l1 + config.l2_weight * l2
         metrics: dict[str, float | Tensor] = {
@@ -153,8 +191,11 @@ def train_tokenizer(config: TokenizerTrainingConfig, *, progress: bool = True) -
             loss = loss + config.discriminator_weight * weight * fooled
             metrics["discriminator_weight"] = weight
         if quantized is not None:
+            seen.append((quantized.tokens, quantized.residuals))
             loss = loss + config.quantizer_weight * quantized.loss
             metrics["quantizer_loss"] = quantized.loss.detach()
+            if (step + 1) % config.logging_steps == 0:
+                metrics |= usage_metrics(tokenizer.quantizer)
         if quantized is not None and config.entropy_weight:
             term = entropy_loss(tokenizer.quantizer, quantized, tokenizer.schedule)
             loss = loss + config.entropy_weight * term
@@ -167,19 +208,27 @@ def train_tokenizer(config: TokenizerTrainingConfig, *, progress: bool = True) -
             yield "discriminator", hinge / 2, {"real": real.mean(), "fake": fake.mean()}
 
     def after_step(modules: Mapping[str, nn.Module], step: int) -> None:
-        quantizer, quantized = tokenizer.quantizer, latest["quantized"]
+        quantizer = tokenizer.quantizer
         if step == config.quantizer_start and config.kmeans_start:
-            _kmeans(config, tokenizer, images)
-        if quantized is None:
+            latents = _latents(config, tokenizer, images, 2)
+            kmeans_start(quantizer, tokenizer.schedule, latents, stream(config.seed, 1))
+        if not seen:
             return
-        record_usage(quantizer, tokenizer.schedule, quantized.tokens)
+        tokens = torch.cat([part for part, _ in seen])
+        residuals = [torch.cat(parts) for parts in zip(*(r for _, r in seen), strict=True)]
+        seen.clear()
+        record_usage(quantizer, tokenizer.schedule, tokens)
         if config.codebook_update == "ema":
-            ema_update(quantizer, quantized, config.codebook_decay)
+            ema_update(quantizer, tokens, residuals, config.codebook_decay)
+        if config.refit_share and step == round(config.revival_end * config.max_train_steps):
+            latents = _latents(config, tokenizer, images, 16)
+            generator = stream(config.seed, step, 3)
+            refit(quantizer, tokenizer.schedule, latents, config.refit_share, generator)
         due = config.revival_steps and step % config.revival_steps == 0
         if due and step < config.revival_end * config.max_train_steps:
             revive(
                 quantizer,
-                quantized.residuals,
+                residuals,
                 config.revival_threshold,
                 stream(config.seed, step, 2),
                 optimizers["tokenizer"],
@@ -190,9 +239,13 @@ def train_tokenizer(config: TokenizerTrainingConfig, *, progress: bool = True) -
         assert isinstance(model, MultiscaleVQ)
         count = min(config.num_validation_images, len(validation))
         report = measure(model, validation, count, config.train_batch_size)
-        _save_pictures(model, validation, Path(config.output_dir) / "samples" / f"step_{step:08d}.png")
+        if processes.is_main():
+            path = Path(config.output_dir, "samples", f"step_{step:08d}.png")
+            _save_pictures(model, validation, path)
         return report
 
+    num_phi = config.tokenizer.num_phi
+    used_phi = set(phi_index(tokenizer.schedule.num_scales, num_phi)) if num_phi else ()
     result = fit(
         config,
         modules=modules,
@@ -202,10 +255,22 @@ def train_tokenizer(config: TokenizerTrainingConfig, *, progress: bool = True) -
         losses=losses,
         validate=validate,
         after_step=after_step,
+        # Before the quantizer sets in, codes and phi get no gradient; few scales use few phi.
+        find_unused_parameters=config.quantizer_start > 0 or len(used_phi) < num_phi,
         progress=progress,
     )
-    tokenizer.eval().save_pretrained(Path(config.output_dir) / "tokenizer")
+    if processes.is_main():
+        best = result.ema_modules.get("tokenizer", tokenizer)
+        assert isinstance(best, MultiscaleVQ)
+        best.eval().save_pretrained(Path(config.output_dir) / "tokenizer")
     return result
+
+
+def _make_buffer(module: nn.Module, name: str) -> None:
+    """Turn a parameter into a buffer: no optimizer and no gradient, but part of checkpoints."""
+    value = getattr(module, name).detach()
+    delattr(module, name)
+    module.register_buffer(name, value)
 
 
 def initialize(tokenizer: MultiscaleVQ) -> None:
@@ -232,18 +297,38 @@ def initialize(tokenizer: MultiscaleVQ) -> None:
     nn.init.uniform_(tokenizer.quantizer.codebook.weight, -1 / size, 1 / size)
 
 
-def _kmeans(config: TokenizerTrainingConfig, tokenizer: MultiscaleVQ, images: ImageSource) -> None:
-    count = min(len(images), max(1024, 2 * config.tokenizer.codebook_size))
-    pixels = to_float(images.load(np.arange(count)).images)
-    pixels = pixels.to(tokenizer.quant_conv.weight.device)
+@torch.no_grad()
+def _latents(
+    config: TokenizerTrainingConfig, tokenizer: MultiscaleVQ, images: ImageSource, multiple: int
+) -> Tensor:
+    """Latents of `multiple` V training images (1024 at least, or all there are)."""
+    count = min(len(images), max(1024, multiple * config.tokenizer.codebook_size))
+    indices = batch_indices(config.seed, 0, count, len(images))
     training = tokenizer.training
-    kmeans_start(tokenizer.eval(), pixels, stream(config.seed, 1))
+    tokenizer.eval()
+    chunks = [indices[i : i + 64] for i in range(0, count, 64)]
+    latents = torch.cat([tokenizer.latents(to_float(images.load(c).images)) for c in chunks])
     tokenizer.train(training)
+    return latents
 
 
 @torch.no_grad()
-def measure(tokenizer: MultiscaleVQ, source: ImageSource, count: int, batch_size: int) -> dict[str, float]:
+def measure(
+    tokenizer: MultiscaleVQ,
+    source: ImageSource,
+    count: int,
+    batch_size: int,
+    *,
+    progress: bool = False,
+) -> dict[str, float]:
     """PSNR and codebook usage on the first `count` images of a source.
+
+    Args:
+        tokenizer: In eval mode.
+        source: Images of its resolution.
+        count: How many images.
+        batch_size: Images at a time.
+        progress: Show a bar.
 
     Returns:
         `psnr` (dB, mean over images), `usage` (share of the codebook that any scale used), and per
@@ -251,12 +336,14 @@ def measure(tokenizer: MultiscaleVQ, source: ImageSource, count: int, batch_size
     """
     device = tokenizer.quant_conv.weight.device
     decibels, tokens = [], []
-    for start in range(0, count, batch_size):
-        batch = source.load(np.arange(start, min(start + batch_size, count)))
-        pixels = to_float(batch.images).to(device)
-        codes = tokenizer.encode(pixels)
-        decibels.append(psnr(tokenizer.decode(codes), pixels))
-        tokens.append(codes)
+    with tqdm(total=count, unit="image", disable=not progress) as bar:
+        for start in range(0, count, batch_size):
+            batch = source.load(np.arange(start, min(start + batch_size, count)))
+            pixels = to_float(batch.images).to(device)
+            codes = tokenizer.encode(pixels)
+            decibels.append(psnr(tokenizer.decode(codes), pixels))
+            tokens.append(codes)
+            bar.update(len(pixels))
     all_tokens = torch.cat(tokens)
     size = tokenizer.quantizer.codebook_size
     report = {

@@ -156,6 +156,7 @@ def load_checkpoint(
             merged.setdefault(parameter, {})[slot] = tensor
         loaded = {"state": merged, "param_groups": saved["param_groups"]}
         set_optimizer_state_dict(modules, optimizer, loaded, options=options)
+        _align_layout(optimizer)
     return state
 
 
@@ -182,6 +183,17 @@ def _optimizer_state(
             else:
                 scalars.setdefault(parameter, {})[slot] = value
     return tensors, {"state": scalars, "param_groups": full.get("param_groups", [])}
+
+
+def _align_layout(optimizer: Optimizer) -> None:
+    """Give loaded moments the strides of their parameters (channels_last weights).
+
+    Fused optimizers walk through memory and would pair a weight with another one's moments.
+    """
+    for parameter, slots in optimizer.state.items():
+        for slot, value in slots.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                slots[slot] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _of(name: str, key: str) -> bool:

@@ -86,15 +86,15 @@ class TrainingConfig:
         for name in positive:
             # None means "off" where the field allows it.
             value = getattr(self, name)
-            _require(name, value, value is None or value > 0, "be above 0")
+            require(name, value, value is None or value > 0, "be above 0")
         counts = ("seed", "lr_warmup_steps", "dataloader_num_workers")
         for name in (*counts, "weight_decay", "weight_decay_end"):
             value = getattr(self, name)
-            _require(name, value, value is None or value >= 0, "be 0 or more")
+            require(name, value, value is None or value >= 0, "be 0 or more")
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):
             value = getattr(self, name)
-            _require(name, value, 0 <= value < 1, "lie in [0, 1); 0.9 to 0.9999 is common")
-        _require("lr_final", self.lr_final, 0 <= self.lr_final <= 1, "lie in [0, 1]")
+            require(name, value, 0 <= value < 1, "lie in [0, 1); 0.9 to 0.9999 is common")
+        require("lr_final", self.lr_final, 0 <= self.lr_final <= 1, "lie in [0, 1]")
         choices = {
             "lr_scheduler": ("constant", "linear", "cosine", "var"),
             "mixed_precision": ("auto", "no", "fp16", "bf16"),
@@ -102,9 +102,10 @@ class TrainingConfig:
         }
         for name, allowed in choices.items():
             value = getattr(self, name)
-            _require(name, value, value in allowed, f"be one of {', '.join(allowed)}")
+            require(name, value, value in allowed, f"be one of {', '.join(allowed)}")
 
 
-def _require(name: str, value: object, holds: bool, rule: str) -> None:
+def require(name: str, value: object, holds: bool, rule: str) -> None:
+    """Raise a UserError unless a setting's rule holds; `rule` goes on after "must"."""
     if not holds:
         raise UserError(f"{name} is {value}, but must {rule}.")

@@ -66,6 +66,7 @@ def fit(
     ema: Collection[str] | None = None,
     validate: Callable[[Modules, int], Mapping[str, float]] | None = None,
     after_step: Callable[[Modules, int], None] | None = None,
+    find_unused_parameters: bool = False,
     progress: bool = True,
 ) -> FitResult:
     """Train until `max_train_steps` or `max_train_minutes`, leaving checkpoints and a record.
@@ -88,6 +89,8 @@ def fit(
         validate: (unwrapped modules in eval mode, averaged where there is an average; step) ->
             metrics; on every process, without gradients. The main process's values are logged.
         after_step: (unwrapped modules, steps done), after each optimizer step and EMA update.
+        find_unused_parameters: Some steps leave trainable parameters out of the loss; without this
+            DDP would wait for their gradients.
         progress: Show a bar if stderr is a terminal.
 
     Raises:
@@ -96,7 +99,7 @@ def fit(
     """
     # Before anything is moved or written: would this call mix two runs?
     resume = checkpoint.find_checkpoint(config.output_dir, config.resume_from_checkpoint)
-    accelerator = open_accelerator(config, len(optimizers))
+    accelerator = open_accelerator(config, len(optimizers), find_unused_parameters)
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from nextscale.errors import UserError
+from nextscale.errors import UserError, missing_extra
 from nextscale.training import checkpoint, record
 from nextscale.training.batches import global_batch_size
 from nextscale.training.config import TrainingConfig
@@ -85,14 +85,19 @@ def resolve_precision(mixed_precision: str) -> str:
     return "bf16" if torch.cpu.get_capabilities().get("amx_tile", False) else "no"
 
 
-def open_accelerator(config: TrainingConfig, optimizer_count: int) -> Accelerator:
+def open_accelerator(
+    config: TrainingConfig, optimizer_count: int, find_unused_parameters: bool
+) -> Accelerator:
     """Check what the run needs against this machine, and join the other processes.
 
     Raises:
-        UserError: If the precision or the tracker is not available.
+        UserError: If accelerate, the precision or the tracker is not available.
     """
-    from accelerate import Accelerator, GradScalerKwargs
-    from accelerate.utils import ProjectConfiguration
+    try:
+        from accelerate import Accelerator, DistributedDataParallelKwargs, GradScalerKwargs
+        from accelerate.utils import ProjectConfiguration
+    except ImportError as error:
+        raise missing_extra("training needs accelerate", "train") from error
 
     if config.mixed_precision == "fp16" and (optimizer_count > 1 or not torch.cuda.is_available()):
         # accelerate updates its one loss scaler at each optimizer's step.
@@ -109,8 +114,11 @@ def open_accelerator(config: TrainingConfig, optimizer_count: int) -> Accelerato
         log_with=tracker,
         project_config=ProjectConfiguration(config.output_dir, logging_dir=config.output_dir),
         cpu=not torch.accelerator.is_available(),
-        # VAR's loss scaler; without effect unless fp16.
-        kwargs_handlers=[GradScalerKwargs(init_scale=2.0**11, growth_interval=1000)],
+        kwargs_handlers=[
+            # VAR's loss scaler; without effect unless fp16.
+            GradScalerKwargs(init_scale=2.0**11, growth_interval=1000),
+            DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters),
+        ],
     )
 
 

@@ -59,6 +59,8 @@ class SamplingConfig:
             )
         if self.top_k < 0:
             raise UserError(f"top_k must be 0 (off) or positive, got {self.top_k}")
+        if self.guidance_end is not None and self.guidance_end < 0:
+            raise UserError(f"guidance_end must be a scale, 0 or more, got {self.guidance_end}")
         for value in _numbers(self.temperature):
             if not value > 0:
                 raise UserError(

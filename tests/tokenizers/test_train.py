@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import yaml
 
 from nextscale.errors import UserError
+from nextscale.storage import read_tensors
 from nextscale.streams import stream
 from nextscale.tokenizers import MultiscaleVQ, TokenizerConfig
 from nextscale.tokenizers.adversarial import LPIPS, PatchDiscriminator, adaptive_weight
@@ -20,13 +26,14 @@ from nextscale.tokenizers.codebook import (
     kmeans_start,
     record_usage,
     revive,
+    usage_metrics,
 )
-from nextscale.tokenizers.train import TokenizerTrainingConfig, train_tokenizer
+from nextscale.tokenizers.train import TokenizerTrainingConfig, measure, train_tokenizer
 
 
 def settings(folder: Path, **changes: Any) -> TokenizerTrainingConfig:
     tokenizer = TokenizerConfig(
-        scales=(1, 2, 4),
+        scales=(1, 2, 4) if changes.get("resolution") != 32 else (1, 2, 8),
         codebook_size=32,
         codebook_dim=4,
         channels=8,
@@ -54,12 +61,17 @@ def settings(folder: Path, **changes: Any) -> TokenizerTrainingConfig:
 
 
 def losses(folder: Path) -> list[float]:
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
+    lines = log_of(folder)
+    found = [line.get("loss", line.get("loss/tokenizer")) for line in lines]
+    return [value for value in found if value is not None]
+
+
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def test_training_lowers_the_loss_and_leaves_a_tokenizer(tmp_path: Path) -> None:
-    result = train_tokenizer(settings(tmp_path, max_train_steps=40), progress=False)
+    result = train_tokenizer(settings(tmp_path, max_train_steps=80), progress=False)
     # The quantizer sets in at step 4, so compare within the quantized part.
     values = losses(tmp_path)
     assert sum(values[-5:]) < sum(values[5:10])
@@ -70,11 +82,24 @@ def test_training_lowers_the_loss_and_leaves_a_tokenizer(tmp_path: Path) -> None
     assert list((tmp_path / "samples").glob("*.png"))
 
 
-def test_a_resumed_run_repeats_the_losses(tmp_path: Path) -> None:
-    train_tokenizer(settings(tmp_path / "whole"), progress=False)
-    first = settings(tmp_path / "parts", max_train_steps=7)
+DISCRIMINATOR = {  # its patches need 32 pixels
+    "resolution": 32,
+    "discriminator_weight": 0.1,
+    "discriminator_start": 6,
+    "discriminator_channels": 8,
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"codebook_update": "ema"}, DISCRIMINATOR],
+    ids=["gradient", "ema", "discriminator"],
+)
+def test_a_resumed_run_repeats_the_losses(tmp_path: Path, changes: dict[str, Any]) -> None:
+    train_tokenizer(settings(tmp_path / "whole", **changes), progress=False)
+    first = settings(tmp_path / "parts", max_train_steps=7, **changes)
     train_tokenizer(first, progress=False)
-    second = settings(tmp_path / "parts", resume_from_checkpoint="latest")
+    second = settings(tmp_path / "parts", resume_from_checkpoint="latest", **changes)
     train_tokenizer(second, progress=False)
     # The revival's end depends on the length of the run, so both parts lie before it.
     assert losses(tmp_path / "parts")[7:10] == pytest.approx(
@@ -90,26 +115,202 @@ def test_a_resumed_run_repeats_the_losses(tmp_path: Path) -> None:
         {"scale_dropout": 0.5},
         {"kmeans_start": False, "quantizer_start": 0},
         {"kmeans_start": True, "quantizer_start": 0, "revival_steps": 0},
-        {"discriminator_weight": 0.1, "discriminator_start": 6, "discriminator_channels": 8},
+        DISCRIMINATOR,
     ],
 )
 def test_every_option_trains(tmp_path: Path, changes: dict[str, Any]) -> None:
     train_tokenizer(settings(tmp_path, **changes), progress=False)
-    last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-2])
+    last = log_of(tmp_path)[-2]
     assert last["step"] == 12
-    assert all(value == value for value in last.values())  # no NaN
+    assert all(value is not None for value in last.values())  # what is not finite is logged as null
+    assert 0 < last["usage_0"] <= 1
+    assert 1 <= last["perplexity_2"] <= 32
+
+
+@pytest.mark.parametrize("update", ["gradient", pytest.param("ema", marks=pytest.mark.slow)])
+def test_two_processes_train_like_one(tmp_path: Path, update: str) -> None:
+    # Adam divides by the gradient: without an epsilon it would blow rounding up where that is 0.
+    # Revival draws from the main process's images, so only the losses up to it agree.
+    changes = {"adam_epsilon": 1e-3, "max_train_steps": 6, "quantizer_start": 2, "revival_steps": 5}
+    one = settings(tmp_path / "one", codebook_update=update, **changes)
+    train_tokenizer(one, progress=False)
+    recipe = yaml.safe_load((tmp_path / "one" / "recipe.yaml").read_text())
+    recipe |= {"output_dir": str(tmp_path / "two"), "train_batch_size": 4}
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(recipe))
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+            *("-m", "nextscale", "train", "tokenizer", "--config", str(tmp_path / "two.yaml")),
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        _, errors = process.communicate(timeout=240)
+    finally:
+        process.terminate()  # and not kill: torchrun ends its workers
+    assert process.returncode == 0, errors
+    assert json.loads((tmp_path / "two" / "run.json").read_text())["processes"] == 2
+    assert losses(tmp_path / "two")[:5] == pytest.approx(losses(tmp_path / "one")[:5], rel=1e-3)
+    assert len(losses(tmp_path / "two")) == 6
+    MultiscaleVQ.from_pretrained(tmp_path / "two" / "tokenizer")
+
+
+def test_only_the_main_process_writes_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nextscale.processes.is_main", lambda: False)
+    train_tokenizer(settings(tmp_path, max_train_steps=1), progress=False)
+    assert not (tmp_path / "tokenizer").exists()
+    assert not (tmp_path / "samples").exists()
+
+
+def test_the_averaged_tokenizer_is_saved(tmp_path: Path) -> None:
+    train_tokenizer(settings(tmp_path, use_ema=True, max_train_steps=6), progress=False)
+    saved = read_tensors(tmp_path / "tokenizer" / "model.safetensors")
+    folder = tmp_path / "checkpoints" / "step_00000006"
+    average = read_tensors(folder / "ema_tokenizer.safetensors")
+    trained = read_tensors(folder / "tokenizer.safetensors")
+    assert all(torch.equal(saved[key], average[key]) for key in average)
+    assert not torch.equal(saved["quant_conv.weight"], trained["quant_conv.weight"])
+
+
+def test_accumulation_counts_all_micro_batches(tmp_path: Path) -> None:
+    changes = {"max_train_steps": 1, "quantizer_start": 0, "kmeans_start": False}
+    changes |= {"codebook_update": "ema", "revival_steps": 1, "revival_end": 1.0}
+    big = train_tokenizer(settings(tmp_path / "big", **changes), progress=False)
+    changes |= {"train_batch_size": 4, "gradient_accumulation_steps": 2}
+    split = train_tokenizer(settings(tmp_path / "split", **changes), progress=False)
+    a, b = (r.modules["tokenizer"].quantizer for r in (big, split))
+    torch.testing.assert_close(a.usage, b.usage)
+    torch.testing.assert_close(a.codebook.weight, b.codebook.weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("l1_weight", -1.0, "be 0 or more"),
+        ("entropy_weight", -0.1, "be 0 or more"),
+        ("quantizer_start", -1, "be 0 or more"),
+        ("scale_dropout", 1.5, r"lie in \[0, 1\]"),
+        ("revival_end", 2.0, r"lie in \[0, 1\]"),
+        ("discriminator_channels", 12, "be a multiple of 8"),
+        ("codebook_update", "both", "be gradient or ema"),
+        ("learning_rate", 0.0, "be above 0"),
+    ],
+)
+def test_bad_settings_are_named(name: str, value: Any, rule: str) -> None:
+    with pytest.raises(UserError, match=f"{name} is {value}, but must {rule}"):
+        settings(Path(), **{name: value})
 
 
 def test_a_resolution_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="use resolution 16"):
-        train_tokenizer(settings(tmp_path, resolution=32), progress=False)
+        train_tokenizer(settings(tmp_path, resolution=24), progress=False)
 
 
 def test_kmeans_start_uses_the_whole_codebook() -> None:
     tokenizer = MultiscaleVQ(settings(Path()).tokenizer)
     images = torch.rand(64, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    kmeans_start(tokenizer, images, stream(0))
+    with torch.no_grad():
+        latents = tokenizer.latents(images)
+    kmeans_start(tokenizer.quantizer, tokenizer.schedule, latents, stream(0))
     assert tokenizer.encode(images).unique().numel() >= 28  # of 32
+
+
+def test_kmeans_sees_a_limited_number_of_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = MultiscaleVQ(settings(Path()).tokenizer)
+    seen: list[int] = []
+    nearest = tokenizer.quantizer.nearest
+    monkeypatch.setattr(
+        tokenizer.quantizer, "nearest", lambda v: (seen.append(len(v)), nearest(v))[1]
+    )
+    monkeypatch.setattr("nextscale.tokenizers.codebook.KMEANS_VECTORS", 64)
+    kmeans_start(tokenizer.quantizer, tokenizer.schedule, torch.randn(64, 4, 4, 4), stream(0))
+    assert max(seen) == 64  # and not 64 * 16
+
+
+def test_kmeans_draws_its_images_at_random(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nextscale.data.sources import ScenesSource
+
+    asked: list[np.ndarray] = []
+    load = ScenesSource.load
+
+    def spy(self: Any, indices: np.ndarray, **named: Any) -> Any:
+        asked.append(np.asarray(indices))
+        return load(self, indices, **named)
+
+    monkeypatch.setattr(ScenesSource, "load", spy)
+    config = settings(tmp_path, quantizer_start=0, max_train_steps=1)
+    train_tokenizer(config, progress=False)
+    assert sorted(asked[0]) == list(range(64))
+    assert list(asked[0]) != list(range(64))
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+def test_search_in_parts_finds_the_same_codes(
+    monkeypatch: pytest.MonkeyPatch, cosine: bool
+) -> None:
+    quantizer = MultiscaleVQ(settings(Path()).tokenizer).quantizer
+    quantizer.cosine = cosine
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # few small integers: exact distances, and many ties
+        quantizer.codebook.weight.copy_(torch.randint(-1, 2, (32, 4), generator=generator))
+    vectors = torch.randint(-2, 3, (101, 4), generator=generator).float()
+    whole = quantizer.nearest(vectors)
+    monkeypatch.setattr("nextscale.tokenizers.quantizer.MAX_DISTANCES", 32 * 7)
+    assert torch.equal(quantizer.nearest(vectors), whole)
+    monkeypatch.setattr("nextscale.tokenizers.quantizer.MAX_DISTANCES", 1)
+    assert torch.equal(quantizer.nearest(vectors), whole)
+
+
+def test_decoding_stays_in_float32_under_autocast() -> None:
+    tokenizer = MultiscaleVQ(settings(Path()).tokenizer)
+    tokens = torch.randint(0, 32, (4, 21), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        tokenizer.quantizer.codebook.weight.normal_(generator=torch.Generator().manual_seed(1))
+        plain = list(tokenizer.quantizer.accumulate(tokens, tokenizer.schedule))
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = list(tokenizer.quantizer.accumulate(tokens, tokenizer.schedule))
+    for left, right in zip(plain, mixed, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+@pytest.mark.gpu
+def test_inputs_follow_the_weights_to_the_device() -> None:
+    tokenizer = MultiscaleVQ(settings(Path()).tokenizer).eval().cuda()
+    tokens = tokenizer.encode(torch.zeros(2, 3, 16, 16))
+    assert tokens.is_cuda
+    assert tokenizer.decode(tokens.cpu()).is_cuda
+    assert tokenizer.teacher_inputs(tokens.cpu()).is_cuda
+    assert tokenizer.decode_latents(torch.zeros(2, 4, 4, 4)).is_cuda
+
+
+def test_measure_can_show_a_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    from nextscale.data.config import open_dataset
+
+    config = settings(Path())
+    tokenizer = MultiscaleVQ(config.tokenizer).eval()
+    source = open_dataset(config, "validation")
+    quiet = measure(tokenizer, source, 8, 4)
+    assert capsys.readouterr().err == ""
+    assert measure(tokenizer, source, 8, 4, progress=True) == quiet
+    assert "8/8" in capsys.readouterr().err
+
+
+def test_usage_metrics_count_codes_and_weigh_them() -> None:
+    quantizer = MultiscaleVQ(settings(Path()).tokenizer).quantizer
+    assert usage_metrics(quantizer) == {}
+    quantizer.usage[:, :8] = 4.0
+    quantizer.usage[0, 1:] = 0.0
+    found = usage_metrics(quantizer)
+    assert found == pytest.approx(
+        {"usage_0": 1 / 32, "perplexity_0": 1}
+        | {f"{name}_{k}": v for k in (1, 2) for name, v in (("usage", 0.25), ("perplexity", 8))},
+        rel=1e-5,
+    )
 
 
 def test_revival_moves_only_unused_codes() -> None:
@@ -125,20 +326,6 @@ def test_revival_moves_only_unused_codes() -> None:
     pool = torch.cat(residuals)
     assert all((pool == code).all(dim=1).any() for code in after[8:])
     assert (quantizer.usage.amax(dim=0) >= 0.05).all()  # a grace period
-
-
-def test_the_poorest_scale_gets_the_least_used_code_when_none_is_dead() -> None:
-    tokenizer = MultiscaleVQ(settings(Path()).tokenizer)
-    quantizer = tokenizer.quantizer
-    with torch.no_grad():
-        quantizer.usage.fill_(1.0)
-        quantizer.usage[0] = 0.0  # scale 0 uses nothing
-        quantizer.usage[1:, 5] = 0.5
-    residuals = [torch.full((8, 4), float(k)) for k in range(3)]
-    assert revive(quantizer, residuals, 0.05, stream(1)) == 1
-    assert (quantizer.codebook.weight[5] == 0.0).all()  # a vector of scale 0
-    quantizer.usage.fill_(1.0)
-    assert revive(quantizer, residuals, 0.05, stream(1)) == 0
 
 
 def test_revived_codes_lose_their_moments() -> None:
@@ -161,7 +348,7 @@ def test_ema_update_moves_codes_to_the_mean_of_their_vectors() -> None:
     by_scale = torch.cat([t.flatten() for t in tokenizer.schedule.split(quantized.tokens)])
     vectors = torch.cat(quantized.residuals)
     code = int(by_scale.mode().values)
-    ema_update(tokenizer.quantizer, quantized, decay=0.0)
+    ema_update(tokenizer.quantizer, quantized.tokens, quantized.residuals, decay=0.0)
     expected = vectors[by_scale == code].mean(dim=0)
     torch.testing.assert_close(tokenizer.quantizer.codebook.weight[code].detach(), expected)
 
@@ -213,3 +400,26 @@ def test_lpips_without_network_says_what_to_do(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(UserError, match="--lpips_weights PATH") as caught:
         LPIPS()
     assert caught.value.exit_code == 1
+
+
+def test_lpips_from_a_file_keeps_the_bundled_heads(tmp_path: Path) -> None:
+    lpips = pytest.importorskip("torchmetrics.functional.image.lpips")
+    from torchvision.models.vgg import cfgs, make_layers
+
+    features = make_layers(cfgs["D"]).state_dict()
+    torch.save({f"features.{k}": torch.zeros_like(v) for k, v in features.items()}, tmp_path / "v")
+    distance = LPIPS(str(tmp_path / "v"))
+    folder = Path(lpips.__file__).parent / "lpips_models"
+    bundled = torch.load(folder / "vgg.pth", map_location="cpu", weights_only=True)
+    assert len(bundled) == 5
+    found = distance.net.state_dict()
+    assert all(torch.equal(found[name], head) for name, head in bundled.items())
+    assert all(not p.any() for p in distance.net.net.parameters())
+
+
+def test_fewer_codes_than_scales_is_no_obstacle() -> None:
+    from dataclasses import replace
+
+    tokenizer = MultiscaleVQ(replace(settings(Path()).tokenizer, codebook_size=2))
+    kmeans_start(tokenizer.quantizer, tokenizer.schedule, torch.randn(8, 4, 4, 4), stream(0))
+    assert tokenizer.quantizer.codebook.weight.isfinite().all()

@@ -15,7 +15,7 @@ import tiny
 import torch
 from torch import nn
 
-from nextscale.errors import UserError
+from nextscale.errors import MissingExtraError, UserError
 from nextscale.storage import read_tensors
 from nextscale.streams import batch_indices
 from nextscale.training import fit
@@ -140,6 +140,14 @@ def test_non_finite_loss_names_step_indices_and_checkpoint(tmp_path: Path) -> No
     assert caught.value.exit_code == 1
     assert ", ".join(map(str, batch_indices(0, 4, 4, tiny.SIZE))) in str(caught.value)
     assert "step_00000003" in str(caught.value)
+
+
+def test_without_accelerate_the_error_names_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(MissingExtraError, match=r"training needs accelerate.*nextscale\[train\]"):
+        tiny.run(tiny.make_config(tmp_path))
 
 
 def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:

@@ -316,6 +316,7 @@ def test_a_list_needs_one_value_per_scale(
         ({"temperature": (1.0, -1.0)}, "temperature must be positive"),
         ({"guidance_scale": -0.5}, "guidance_scale must be 0 or more"),
         ({"guidance_scale": math.nan}, "guidance_scale must be 0 or more"),
+        ({"guidance_end": -1}, "guidance_end must be a scale, 0 or more, got -1"),
         ({"guidance_schedule": "cosine"}, "guidance_schedule must be linear or constant"),
     ],
 )
@@ -372,7 +373,7 @@ def test_a_prefix_holds_whole_scales(
 
 
 class RecordingHooks:
-    """Notes its calls and adds a number after one block."""
+    """Notes its calls and adds a ramp over the channels after one block."""
 
     def __init__(self, added: float = 0.0) -> None:
         self.added = added
@@ -385,7 +386,9 @@ class RecordingHooks:
 
     def after_block(self, block: int, where: slice, x: Tensor) -> Tensor:
         self.calls.append(("after", block, where.start, where.stop))
-        return x + self.added if block == 0 and self.added else x
+        if block != 0 or not self.added:
+            return x
+        return x + self.added * torch.linspace(-1, 1, x.shape[-1])
 
 
 def test_hooks_run_around_every_block_of_every_scale(
@@ -407,16 +410,17 @@ def test_hooks_act_alike_in_both_modes_and_on_a_prefix(
     tiny_model: NextScaleTransformer, tiny_tokenizer: MultiscaleVQ
 ) -> None:
     plain = run(tiny_model, tiny_tokenizer, PLAIN)
-    hooked = run(tiny_model, tiny_tokenizer, PLAIN, hooks=RecordingHooks(0.5))
-    assert not torch.equal(hooked[0].logits, plain[0].logits)
+    hooked = run(tiny_model, tiny_tokenizer, PLAIN, hooks=RecordingHooks(2.0))
+    assert (hooked[0].logits - plain[0].logits).abs().max() > 0.1
     tokens = tokens_of(hooked)
     inputs = tiny_tokenizer.teacher_inputs(tokens)
     with torch.no_grad():
-        logits = tiny_model(inputs, class_labels=LABELS, hooks=RecordingHooks(0.5))
+        logits = tiny_model(inputs, class_labels=LABELS, hooks=RecordingHooks(2.0))
     for step, part in zip(hooked, tiny_model.schedule.split(logits), strict=True):
         torch.testing.assert_close(step.logits, part, atol=2e-5, rtol=0)
-    rest = run(tiny_model, tiny_tokenizer, PLAIN, prefix=tokens[:, :5], hooks=RecordingHooks(0.5))
+    rest = run(tiny_model, tiny_tokenizer, PLAIN, prefix=tokens[:, :5], hooks=RecordingHooks(2.0))
     assert torch.equal(tokens_of(rest), tokens[:, 5:])
+    torch.testing.assert_close(rest[0].logits, hooked[2].logits, atol=2e-5, rtol=0)
 
 
 @torch.no_grad()
@@ -579,7 +583,7 @@ def test_inverse_cdf_equals_a_loop(logits: np.ndarray, removed: set[int], unifor
     assert uniform >= upper[drawn] - weights[drawn] / weights.sum() - 1e-6
 
 
-@pytest.mark.parametrize("uniform", [0.0, 0.5, LAST_UNIFORM])
+@pytest.mark.parametrize("uniform", [0.0, 0.5, LAST_UNIFORM, 1.0])
 def test_a_single_code_is_drawn_by_every_uniform(uniform: float) -> None:
     for code in (0, 3, 6):
         logits = torch.full((1, 1, 7), -torch.inf)
