@@ -30,7 +30,7 @@ from nextscale.storage import read_json, read_tensors, replace_folder, write_jso
 FORMAT_VERSION = 1
 STATE = "state.json"
 # Frozen parameters (the base under a LoRA) are somebody else's file; strict would miss them.
-_OPTIONS = {"full_state_dict": True, "ignore_frozen_params": True, "strict": False}
+_OPTIONS: dict[str, Any] = {"full_state_dict": True, "ignore_frozen_params": True, "strict": False}
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -97,7 +97,7 @@ def save_checkpoint(
     """
     options = StateDictOptions(cpu_offload=True, **_OPTIONS)
     # Gathering is collective under FSDP, so it comes before the question who writes.
-    weights = get_model_state_dict(modules, options=options)
+    weights: dict[str, Any] = dict(get_model_state_dict(modules, options=options))
     moments = {name: _optimizer_state(modules, o, options) for name, o in optimizers.items()}
     if not main:
         return
@@ -133,11 +133,11 @@ def load_checkpoint(
             f"{FORMAT_VERSION}. Resume with the version that wrote it."
         )
     options = StateDictOptions(**_OPTIONS)
-    weights: dict[str, Tensor] = {}
+    weights: dict[str, Any] = {}
     for name in modules:
         tensors = read_tensors(folder / f"{name}.safetensors")
         weights |= {f"{name}.{key}": tensor for key, tensor in tensors.items()}
-    current = get_model_state_dict(modules, options=options)
+    current: dict[str, Any] = dict(get_model_state_dict(modules, options=options))
     _check_fit(folder, weights, current)
     set_model_state_dict(modules, weights, options=options)
     for name, average in averages.items():
@@ -173,7 +173,7 @@ def _optimizer_state(
     if not optimizer.state:
         # torch would take a step with zero gradients here to create the state.
         return {}, {"state": {}, "param_groups": []}
-    full = get_optimizer_state_dict(modules, optimizer, options=options)
+    full: Any = get_optimizer_state_dict(modules, optimizer, options=options)
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
     for parameter, slots in full.get("state", {}).items():

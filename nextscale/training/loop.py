@@ -194,7 +194,7 @@ def _step(run: Session, data: Iterator[Any], out_of_time: bool) -> bool:
                 _add(run.sums, {_key("loss", name, several): value, **metrics})
                 if not math.isfinite(value):
                     bad.append(micro)
-    flags = torch.tensor([float(bool(bad)), float(out_of_time)], device=accelerator.device)
+    flags: Any = torch.tensor([float(bool(bad)), float(out_of_time)], device=accelerator.device)
     if accelerator.num_processes > 1:
         flags = accelerator.reduce(flags, "sum")
     any_bad, any_out_of_time = (flag > 0 for flag in flags.tolist())
