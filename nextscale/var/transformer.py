@@ -571,7 +571,6 @@ def initialize(model: NextScaleTransformer) -> None:
     with torch.no_grad():
         model.head.weight.mul_(0.02)
         model.head_modulation.weight.mul_(0.5)
-        projections = [model.modulation] if config.shared_modulation else []
         for block in model.blocks:
             assert isinstance(block, Block)
             for linear in (block.attention.proj, block.feed_forward.fc2):
@@ -583,8 +582,5 @@ def initialize(model: NextScaleTransformer) -> None:
                 block.modulation_offset[:, :, :2].mul_(config.gate_init)
                 block.modulation_offset[:, :, 2:].mul_(0.5)
             else:
-                projections.append(block.modulation)
-        for linear in () if config.shared_modulation else projections:
-            assert isinstance(linear, nn.Linear)
-            linear.weight[: 2 * width].mul_(config.gate_init)
-            linear.weight[2 * width :].mul_(0.5)
+                block.modulation.weight[: 2 * width].mul_(config.gate_init)
+                block.modulation.weight[2 * width :].mul_(0.5)
