@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from nextscale import processes
@@ -11,7 +11,7 @@ from nextscale.cli.flags import parse
 from nextscale.cli.loading import load_tokenizer
 from nextscale.cli.ranks import on_main, pick_device, process_group
 from nextscale.cli.recipes import to_yaml
-from nextscale.data.config import DataConfig
+from nextscale.data.config import DataConfig, open_dataset
 from nextscale.errors import UserError
 
 if TYPE_CHECKING:
@@ -120,16 +120,4 @@ def encode(config: EncodeConfig, *, progress: bool) -> tuple[TokenMaps, dict[str
 
 
 def _open(config: DataConfig, split: Split, num_images: int | None) -> ImageSource:
-    from nextscale.data.sources import open_source
-
-    return open_source(
-        config.dataset,
-        resolution=config.resolution,
-        split=split,
-        image_column=config.image_column,
-        label_column=config.label_column,
-        caption_column=config.caption_column,
-        num_images=num_images,
-        strict=config.strict,
-        crop="center",
-    )
+    return open_dataset(replace(config, num_images=num_images), split, crop="center")

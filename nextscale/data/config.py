@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from nextscale.data.images import Crop
     from nextscale.data.sources import ImageSource, Split
 
 
@@ -30,8 +31,10 @@ class DataConfig:
     """Fail on a file that is no image instead of naming, counting and skipping it."""
 
 
-def open_dataset(config: DataConfig, split: Split, *, seed: int = 0) -> ImageSource:
-    """The source that a configuration names; see `open_source` for its errors."""
+def open_dataset(
+    config: DataConfig, split: Split, *, seed: int = 0, crop: Crop | None = None
+) -> ImageSource:
+    """The source that a configuration names; see `open_source` for `crop` and the errors."""
     from nextscale.data.sources import open_source
 
     return open_source(
@@ -44,4 +47,5 @@ def open_dataset(config: DataConfig, split: Split, *, seed: int = 0) -> ImageSou
         seed=seed,
         num_images=config.num_images,
         strict=config.strict,
+        crop=crop,
     )
