@@ -124,7 +124,7 @@ def _checker(count: int, output: Output) -> None:
 
     if count < 1:
         raise UserError(f"num_images must be 1 or more, got {count}.")
-    report = checker_error(count)
+    report = checker_error(count, progress=output.bar())
     if output.json:
         output.figures(report)
         return

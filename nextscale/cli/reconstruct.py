@@ -69,7 +69,7 @@ def run(command: str, arguments: list[str]) -> int:
         )
     source = open_dataset(config, "validation")
     report: dict[str, Any] = {"num_images": len(source)}
-    report |= measure(tokenizer, source, len(source), config.batch_size)
+    report |= measure(tokenizer, source, len(source), config.batch_size, progress=output.bar())
     if config.dataset == "scenes":
         report["checker_agreement"] = _agreement(tokenizer, source, config.batch_size, output)
     if config.output_dir is not None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
+from tqdm import tqdm
 
 from nextscale.data.captions import (
     COLORS,
@@ -302,13 +303,16 @@ def falsifiable(caption: Caption, scene: Scene) -> dict[str, list[Caption]]:
     return {kind: false[kind] for kind in KINDS if false[kind]}
 
 
-def checker_error(n: int = 2000, size: int = 64, seed: int = 2) -> dict[str, Any]:
+def checker_error(
+    n: int = 2000, size: int = 64, seed: int = 2, *, progress: bool = False
+) -> dict[str, Any]:
     """Measure the checker itself on rendered scenes.
 
     Args:
         n: Scenes of stream `seed`, each judged by its true and by one falsified caption.
         size: Side in pixels.
         seed: Stream of scenes.
+        progress: Show a bar.
 
     Returns:
         "n", "true_error" (share of true captions that are refused), "false_error" (share of
@@ -318,7 +322,7 @@ def checker_error(n: int = 2000, size: int = 64, seed: int = 2) -> dict[str, Any
     accepted: Counter[str] = Counter()
     tried: Counter[str] = Counter(dict.fromkeys(KINDS, 0))
     refused = 0
-    for index in range(n):
+    for index in tqdm(range(n), unit="scene", disable=not progress):
         scene = sample_scene(seed, index)
         rng = np.random.Generator(np.random.Philox(key=(int(seed) << 64) | index, counter=1 << 64))
         # The kind tried least so far, as not every caption can be made false in every way.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from itertools import islice
 from math import prod
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from nextscale.tokenizers.quantizer import MultiscaleQuantizer, QuantizerOutput
 from nextscale.tokenizers.schedule import ScaleSchedule
+
+logger = logging.getLogger(__name__)
 
 USAGE_DECAY = 0.99
 KMEANS_VECTORS = 2**17  # of a scale, at most; k-means draws from them
@@ -116,6 +119,9 @@ def refit(
     scales use least. Moving single codes onto single vectors (`revive`) cannot do this: in many
     dimensions a vector is farther from its neighbours than the centre of them all.
 
+    A scale's codes stay as they were where new ones would more than double the quantization error:
+    a phi that has learnt to amplify few small codes makes far too much of true centres.
+
     Args:
         quantizer: Its codebook changes in place.
         schedule: Scales.
@@ -137,9 +143,23 @@ def refit(
             continue
         elsewhere = counts.sum(dim=0) - counts[k]
         places = elsewhere.argsort()[:wanted]
+        before, old = _error(latents, steps), weight[places].clone()
         weight[places] = _from_main_process(_kmeans(vectors, wanted, generator, 20)).to(weight)
+        after = _error(latents, list(quantizer.residuals(latents, schedule)))
+        if after > 2 * before:
+            logger.warning(
+                "refit left scale %d alone: its phi amplifies codes, the quantization error would "
+                "go from %.3g to %.3g. num_phi 0 avoids this.", k, before, after
+            )  # fmt: skip
+            weight[places] = old
+            continue
         refitted.append(k)
     return refitted
+
+
+def _error(latents: Tensor, steps: Sequence[tuple[Tensor, Tensor, Tensor]]) -> float:
+    """Mean squared difference of latents and the sum of what the scales contribute."""
+    return float((latents - sum(h for *_, h in steps)).square().mean())
 
 
 @torch.no_grad()

@@ -139,7 +139,14 @@ class ClassConditioner(Conditioner):
         }
 
     def forward(self, ids: Int[Tensor, " b"]) -> Condition:
-        """The rows of the table."""
+        """The rows of the table; id `num_classes` is "no class"."""
+        if not torch.compiler.is_compiling() and len(ids):
+            low, high = (int(v) for v in ids.aminmax())
+            if low < 0 or high > self.num_classes:
+                raise UserError(
+                    f"class label {low if low < 0 else high} is out of range: the model has "
+                    f"classes 0 to {self.num_classes - 1}"
+                )
         return Condition(self.embedding(ids))
 
 

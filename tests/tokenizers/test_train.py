@@ -25,10 +25,16 @@ from nextscale.tokenizers.codebook import (
     entropy_loss,
     kmeans_start,
     record_usage,
+    refit,
     revive,
     usage_metrics,
 )
-from nextscale.tokenizers.train import TokenizerTrainingConfig, measure, train_tokenizer
+from nextscale.tokenizers.train import (
+    TokenizerTrainingConfig,
+    initialize,
+    measure,
+    train_tokenizer,
+)
 
 
 def settings(folder: Path, **changes: Any) -> TokenizerTrainingConfig:
@@ -326,6 +332,32 @@ def test_revival_moves_only_unused_codes() -> None:
     pool = torch.cat(residuals)
     assert all((pool == code).all(dim=1).any() for code in after[8:])
     assert (quantizer.usage.amax(dim=0) >= 0.05).all()  # a grace period
+
+
+@pytest.mark.parametrize("gain", [1.0, 12.0])
+def test_refit_feeds_a_starving_scale_unless_its_phi_amplifies(gain: float) -> None:
+    tokenizer = MultiscaleVQ(settings(Path()).tokenizer)
+    initialize(tokenizer)
+    quantizer, schedule = tokenizer.quantizer, tokenizer.schedule
+    generator = torch.Generator().manual_seed(0)
+    means = torch.randn(256, 4, 1, 1, generator=generator)
+    latents = means + 0.1 * torch.randn(256, 4, 4, 4, generator=generator)
+    with torch.no_grad():
+        # Scale 0 gets along with two codes; a phi may have learnt to make up for their length.
+        quantizer.codebook.weight.fill_(100.0)
+        quantizer.codebook.weight[:2] = torch.tensor([[1.0], [-1.0]]) / gain
+        for parameter in quantizer.phi[0].parameters():
+            parameter.mul_(2 * gain - 1)  # phi(h) = h / 2 + conv(h) / 2 = gain h
+    codes = quantizer.codebook.weight.detach().clone()
+    changed = refit(quantizer, schedule, latents, 0.5, generator)
+    used = schedule.split(quantizer.encode(latents, schedule))[0].unique()
+    if gain == 1:
+        assert 0 in changed
+        assert len(used) >= 12  # of the 16 asked for: centres for other scales may serve as well
+    else:
+        assert 0 not in changed
+        assert len(used) <= 2
+        assert torch.equal(quantizer.codebook.weight[:2], codes[:2])
 
 
 def test_revived_codes_lose_their_moments() -> None:

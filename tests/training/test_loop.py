@@ -19,6 +19,7 @@ from nextscale.errors import MissingExtraError, UserError
 from nextscale.storage import read_tensors
 from nextscale.streams import batch_indices
 from nextscale.training import fit
+from nextscale.training.muon import MuonWithAdamW
 
 PROGRAM = Path(tiny.__file__)
 
@@ -44,9 +45,10 @@ def program(*launcher: str, config: dict[str, Any], **options: Any) -> subproces
     )
 
 
-def test_killed_run_resumes_to_the_same_losses_and_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("muon", [False, True])
+def test_killed_run_resumes_to_the_same_losses_and_weights(tmp_path: Path, muon: bool) -> None:
     fields = {"logging_steps": 2, "gradient_accumulation_steps": 2}
-    options = {"dropout": 0.3, "gan": True}
+    options = {"dropout": 0.3, "gan": True, "muon": muon}
     # The unbroken run loads in a worker process: that must not matter either.
     tiny.run(tiny.make_config(tmp_path / "whole", dataloader_num_workers=1, **fields), **options)
 
@@ -131,6 +133,33 @@ def test_loop_equals_a_loop_written_by_hand(tmp_path: Path) -> None:
         torch.testing.assert_close(ours, theirs)
     for ours, theirs in zip(result.ema_modules["net"].parameters(), average, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_muon_and_adamw_step_as_they_do_alone() -> None:
+    torch.manual_seed(0)
+    ours, theirs = nn.Linear(6, 4), nn.Linear(6, 4)
+    theirs.load_state_dict(ours.state_dict())
+    common = {"lr": 1e-2, "weight_decay": 0.1}
+    one = MuonWithAdamW([{"params": [ours.weight]}], [{"params": [ours.bias]}], **common)
+    parts = [
+        torch.optim.Muon([theirs.weight], adjust_lr_fn="match_rms_adamw", **common),
+        torch.optim.AdamW([theirs.bias], betas=(0.9, 0.95), **common),
+    ]
+    saved = None
+    for step in range(4):
+        x = torch.randn(5, 6)
+        for net, optimizers in ((ours, [one]), (theirs, parts)):
+            net(x).square().mean().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        torch.testing.assert_close(ours.weight, theirs.weight)
+        torch.testing.assert_close(ours.bias, theirs.bias)
+        if step == 1:  # what is loaded is what the parts go on with
+            saved = one.state_dict()
+            one = MuonWithAdamW([{"params": [ours.weight]}], [{"params": [ours.bias]}], **common)
+            one.load_state_dict(saved)
+    assert one.state[ours.weight].keys() == {"momentum_buffer"}
 
 
 def test_non_finite_loss_names_step_indices_and_checkpoint(tmp_path: Path) -> None:

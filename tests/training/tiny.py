@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from nextscale.training import FitResult, TrainingConfig, fit, frozen
+from nextscale.training.muon import MuonWithAdamW
 
 SIZE = 20
 DEFAULTS: dict[str, Any] = {
@@ -65,8 +66,12 @@ def modules(*, dropout: float = 0.0, gan: bool = False) -> dict[str, nn.Module]:
     return found
 
 
-def optimizers(config: TrainingConfig, nets: dict[str, nn.Module]) -> dict[str, Any]:
+def optimizers(
+    config: TrainingConfig, nets: dict[str, nn.Module], *, muon: bool = False
+) -> dict[str, Any]:
     betas = (config.adam_beta1, config.adam_beta2)
+    if muon:
+        return {name: muon_optimizer(net) for name, net in nets.items()}
     return {
         name: torch.optim.AdamW(
             [
@@ -79,11 +84,18 @@ def optimizers(config: TrainingConfig, nets: dict[str, nn.Module]) -> dict[str, 
     }
 
 
+def muon_optimizer(net: nn.Module) -> MuonWithAdamW:
+    matrices = [p for p in net.parameters() if p.ndim == 2]
+    rest = [p for p in net.parameters() if p.ndim != 2]
+    return MuonWithAdamW([{"params": matrices}], [{"params": rest, "decay": False}], lr=1e-2)
+
+
 def run(
     config: TrainingConfig,
     *,
     dropout: float = 0.0,
     gan: bool = False,
+    muon: bool = False,
     bad_index: int | None = None,
     kill_at: int | None = None,
     **keywords: Any,
@@ -115,7 +127,7 @@ def run(
     return fit(
         config,
         modules=nets,
-        optimizers=optimizers(config, nets),
+        optimizers=optimizers(config, nets, muon=muon),
         load_batch=load_batch,
         dataset_size=SIZE,
         losses=losses,

@@ -1,0 +1,72 @@
+"""Muon for the matrices of a network and AdamW for the rest, as one optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW, Muon, Optimizer
+
+
+class MuonWithAdamW(Optimizer):
+    """Steps torch's Muon over some parameter groups and torch's AdamW over the others.
+
+    Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) orthogonalises the
+    momentum of a matrix before it steps. Its step is scaled to the RMS of AdamW's (arXiv
+    2502.16982), so that both parts share one learning rate and one schedule. States and groups
+    are those of the two optimizers, so that checkpoints and schedules see a single one.
+
+    Args:
+        matrices: Groups of 2-D weights inside the network, for Muon.
+        rest: Groups of embeddings, heads, biases, for AdamW.
+        lr: Learning rate of both.
+        momentum: Muon's momentum (Nesterov).
+        betas: AdamW's decays.
+        eps: AdamW's epsilon.
+        weight_decay: Decoupled weight decay of groups that set none.
+    """
+
+    def __init__(
+        self,
+        matrices: Iterable[dict[str, Any]],
+        rest: Iterable[dict[str, Any]],
+        *,
+        lr: float,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        common = {"lr": lr, "weight_decay": weight_decay}
+        self._parts: tuple[Optimizer, Optimizer] = (
+            Muon(list(matrices), momentum=momentum, adjust_lr_fn="match_rms_adamw", **common),
+            AdamW(list(rest), betas=betas, eps=eps, fused=True, **common),
+        )
+        self._sizes = tuple(len(part.param_groups) for part in self._parts)
+        super().__init__([g for part in self._parts for g in part.param_groups], common)
+        self._share()
+
+    def _share(self) -> None:
+        """Make the parts work on this optimizer's groups and states."""
+        first = self._sizes[0]
+        groups = (self.param_groups[:first], self.param_groups[first:])
+        for part, own in zip(self._parts, groups, strict=True):
+            part.param_groups, part.state = own, self.state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Called by `load_state_dict`, which replaces groups and states."""
+        super().__setstate__(state)
+        self._share()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One step of both."""
+        loss: Tensor | None = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self._parts:
+            part.step()
+        return loss
