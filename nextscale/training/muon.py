@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import AdamW, Muon, Optimizer
 
 
@@ -39,19 +38,24 @@ class MuonWithAdamW(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        common = {"lr": lr, "weight_decay": weight_decay}
-        self._parts: tuple[Optimizer, Optimizer] = (
-            Muon(list(matrices), momentum=momentum, adjust_lr_fn="match_rms_adamw", **common),
-            AdamW(list(rest), betas=betas, eps=eps, fused=True, **common),
+        muon = Muon(
+            list(matrices),
+            lr=lr,
+            weight_decay=weight_decay,
+            momentum=momentum,
+            adjust_lr_fn="match_rms_adamw",
         )
-        self._sizes = tuple(len(part.param_groups) for part in self._parts)
-        super().__init__([g for part in self._parts for g in part.param_groups], common)
+        adamw = AdamW(
+            list(rest), lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, fused=True
+        )
+        self._parts: tuple[Optimizer, Optimizer] = (muon, adamw)
+        self._first = len(muon.param_groups)
+        super().__init__([*muon.param_groups, *adamw.param_groups], {"lr": lr})
         self._share()
 
     def _share(self) -> None:
         """Make the parts work on this optimizer's groups and states."""
-        first = self._sizes[0]
-        groups = (self.param_groups[:first], self.param_groups[first:])
+        groups = (self.param_groups[: self._first], self.param_groups[self._first :])
         for part, own in zip(self._parts, groups, strict=True):
             part.param_groups, part.state = own, self.state
 
@@ -61,9 +65,9 @@ class MuonWithAdamW(Optimizer):
         self._share()
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One step of both."""
-        loss: Tensor | None = None
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of both; returns what the closure returns."""
+        loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
