@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import importlib.util
 import logging
+import os
+import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,6 +104,12 @@ def open_accelerator(
     if config.mixed_precision == "fp16" and (optimizer_count > 1 or not torch.cuda.is_available()):
         # accelerate updates its one loss scaler at each optimizer's step.
         raise UserError("mixed_precision fp16 needs CUDA and a single optimizer. Use bf16 or no.")
+    compilers = (os.environ.get("CXX") or "g++", "g++", "clang++")
+    if config.compile and not torch.cuda.is_available() and not any(map(shutil.which, compilers)):
+        raise UserError(
+            "compile needs a C++ compiler on the CPU, and there is no g++ here. Install one, or "
+            "leave compile off."
+        )
     tracker = None if config.report_to == "none" else config.report_to
     if tracker and importlib.util.find_spec(tracker) is None:
         raise UserError(

@@ -135,6 +135,16 @@ def test_loop_equals_a_loop_written_by_hand(tmp_path: Path) -> None:
         torch.testing.assert_close(ours, theirs)
 
 
+def test_compile_without_a_compiler_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"compile needs a C\+\+ compiler"):
+        tiny.run(tiny.make_config(tmp_path / "run", compile=True))
+    assert not (tmp_path / "run").exists()
+
+
 def test_muon_and_adamw_step_as_they_do_alone() -> None:
     torch.manual_seed(0)
     ours, theirs = nn.Linear(6, 4), nn.Linear(6, 4)
