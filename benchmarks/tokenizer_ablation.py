@@ -95,7 +95,7 @@ def run(changes: dict[str, Any], steps: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--output", default="benchmarks/results/tokenizer_ablation.json")
     options = parser.parse_args()
     result: dict[str, Any] = {

@@ -39,3 +39,9 @@ def missing_extra(need: str, extra: str) -> MissingExtraError:
         An error whose message ends in the command that installs the extra.
     """
     return MissingExtraError(f'{need}. Install it with: pip install "nextscale[{extra}]"')
+
+
+def require(name: str, value: object, holds: bool, rule: str) -> None:
+    """Raise a UserError unless a setting's rule holds; `rule` goes on after "must"."""
+    if not holds:
+        raise UserError(f"{name} is {value}, but must {rule}.")

@@ -61,11 +61,18 @@ def os_errors(path: StrPath) -> Iterator[None]:
             message = f"No space left on the disk while writing {path}. Free some space, or choose"
         elif error.errno in _NOT_ALLOWED:
             message = f"No permission to write {path} ({error.strerror}). Change it, or choose"
-        elif error.errno in _BAD_NAME:
+        elif error.errno in _BAD_NAME or _cannot_make(path, error):
             message = f"Cannot write {path} ({error.strerror}). Move what is in the way, or choose"
         else:
             raise
         raise UserError(f"{message} another output folder.", exit_code=1) from error
+
+
+def _cannot_make(path: StrPath, error: OSError) -> bool:
+    """Whether a folder of `path` is missing and could not be made, as below /proc."""
+    where = Path(path).absolute()
+    missing = error.errno == errno.ENOENT and isinstance(error.filename, str)
+    return missing and Path(error.filename).absolute() in (where, *where.parents)
 
 
 @contextmanager

@@ -74,7 +74,8 @@ def _start(job: Job, pipe: NextScalePipeline) -> None:
     settings.guidance(len(pipe.scales))  # refuses a list of another length
     settings.temperatures(len(pipe.scales))
     folder = Path(job.config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    with storage.os_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(".tmp-*"):  # of a killed run
         leftover.unlink()
     comment = f"nextscale {__version__}; weights {job.weights}"
@@ -113,11 +114,10 @@ def _draw(job: Job, pipe: NextScalePipeline, output: Output, todo: set[int]) -> 
             for row, index in enumerate(rows):
                 if index not in todo:
                     continue
+                text = _text({**_about(job, index, pipe), **facts})
                 if result.scales is not None:
                     strip = filmstrip([s[row] for s in result.scales], pipe.scales)
-                    save_png(strip, job.path(index, "_scales"))
-                about = _about(job, index, pipe)
-                text = {"nextscale": json.dumps({**about, **facts}, ensure_ascii=False)}
+                    save_png(strip, job.path(index, "_scales"), text)
                 save_png(result.images[row], job.path(index), text)
 
 
@@ -133,6 +133,11 @@ def _about(job: Job, index: int, pipe: NextScalePipeline) -> dict[str, Any]:
         return {"prompt": condition, "seed": job.seed + index}
     label = int(pipe.transformer.conditioner.tokenize([condition])[0])
     return {"class_label": label, "seed": job.seed + index}
+
+
+def _text(facts: dict[str, Any]) -> dict[str, str]:
+    """The PNG text chunk."""
+    return {"nextscale": json.dumps(facts, ensure_ascii=False)}
 
 
 def _facts(job: Job) -> dict[str, Any]:
@@ -156,8 +161,9 @@ def _finish(job: Job, output: Output) -> dict[str, Any]:
     extras: dict[str, Any] = {"grid": None, "npz": None, "recipe": str(folder / RECIPE)}
     if job.count <= MAX_GRID:
         extras["grid"] = str(folder / "grid.png")
-        texts = [job.condition(i) for i in range(job.count)]
-        write_grid(folder / "grid.png", paths, texts, job.config.num_images)
+        captions = [job.condition(i) for i in range(job.count)]
+        text = _text({"seed": job.seed, "num_images": job.config.num_images, **_facts(job)})
+        write_grid(folder / "grid.png", paths, captions, job.config.num_images, text)
     if job.config.npz:
         extras["npz"] = str(folder / "samples.npz")
         labels = None if job.prompts else [read_metadata(p)["class_label"] for p in paths]

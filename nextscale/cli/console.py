@@ -104,7 +104,8 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
     sheet = Table(*names, box=box.SIMPLE, show_header=any(names))
     for row in rows:
         sheet.add_row(*row)
-    Console().print(sheet)
+    # In a file or pipe nothing is cut.
+    Console(width=None if sys.stdout.isatty() else 200).print(sheet)
 
 
 def number(value: Any) -> str:

@@ -95,6 +95,8 @@ def _from_official(config: ConvertConfig, folder: Path, output: Output) -> None:
     )
     pipe.save_pretrained(folder)
     shape = pipe.transformer.config
+    classes = getattr(pipe.transformer.conditioner, "num_classes", 0)
+    example = '"golden retriever"' if classes == 1000 else "0"
     output.figures(
         {
             "model": str(folder),
@@ -105,7 +107,7 @@ def _from_official(config: ConvertConfig, folder: Path, output: Output) -> None:
         },
         f"model in {folder}: depth {shape.depth}, scales {pipe.transformer.schedule}\n"
         f"its default guidance_scale is {pipe.generation.guidance_scale}; {GUIDANCE}\n"
-        f'try: nextscale generate --model {folder} --class_labels "golden retriever"',
+        f"try: nextscale generate --model {folder} --class_labels {example}",
     )
 
 
@@ -121,11 +123,16 @@ def _to_official(config: ConvertConfig, folder: Path, output: Output) -> None:
         "tokenizer": tokenizer_state(pipe.tokenizer),
     }
     written = {}
+    scales = str(pipe.transformer.schedule)
     for name, state in states.items():
         path = folder / f"{name}{'.pth' if config.pth else '.safetensors'}"
         _write(path, state)
         written[name] = str(path)
-    output.figures(written, "\n".join(f"{k}: {v}" for k, v in written.items()) + f"\n{GUIDANCE}")
+    output.figures(
+        written,
+        "\n".join(f"{k}: {v}" for k, v in written.items())
+        + f"\n{GUIDANCE}\nto read it back: --from official --scales {scales}",
+    )
 
 
 def _write(path: Path, state: dict[str, Tensor]) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from nextscale import __version__, storage
 from nextscale.cli.console import Output, check_folder
 from nextscale.cli.flags import parse
 from nextscale.cli.loading import ModelFiles, check_conditions, read_model
@@ -106,10 +108,13 @@ def _edit(command: str, config: EditConfig, output: Output) -> None:
             **{"command": command, "model": config.model, "weights": files.weights()},
             **{"image": config.image[index], "box": config.box, "seed": seed},
             **condition,
-            **config.sampling(),
+            **asdict(pipe.settings(**config.sampling())),
+            "dtype": config.dtype,
+            "versions": {"nextscale": __version__, "torch": version("torch")},
         }
         path = folder / f"{index:06d}.png"
-        folder.mkdir(parents=True, exist_ok=True)
+        with storage.os_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         pixels = (picture.permute(1, 2, 0) * 255).round().byte().numpy()
         save_png(pixels, path, {"nextscale": json.dumps(facts, ensure_ascii=False)})
         paths.append(str(path))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nextscale import processes
+from nextscale import processes, storage
 from nextscale.cli.console import Interrupted, check_folder
 from nextscale.cli.flags import parse
 from nextscale.cli.loading import load_tokenizer
@@ -102,8 +103,6 @@ def encode(config: EncodeConfig, *, progress: bool) -> tuple[TokenMaps, dict[str
         held_out = config.num_validation_images
         sources["validation"] = _open(config, "validation", held_out)
     if processes.is_main():
-        from pathlib import Path
-
         # Until the new index is there, the folder counts as unfinished.
         (Path(config.output_dir) / INDEX).unlink(missing_ok=True)
     maps = write_token_maps(
@@ -116,7 +115,8 @@ def encode(config: EncodeConfig, *, progress: bool) -> tuple[TokenMaps, dict[str
         progress=progress,
     )
     skipped = [name for source in sources.values() for name in source.skipped]
-    return maps, {split: len(source) for split, source in sources.items()}, skipped
+    shards = storage.read_json(Path(config.output_dir) / INDEX)["splits"]
+    return maps, {split: sum(n for _, n in own) for split, own in shards.items()}, skipped
 
 
 def _open(config: DataConfig, split: Split, num_images: int | None) -> ImageSource:

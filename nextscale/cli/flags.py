@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
+import itertools
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar, get_type_hints
 
@@ -37,7 +40,7 @@ def parse(
 
     Raises:
         UserError: For a bad recipe or a value that the settings refuse.
-        SystemExit: From tyro: 0 after --help, 2 for an argument error.
+        SystemExit: From tyro, 0 after --help.
     """
     import tyro
 
@@ -49,19 +52,33 @@ def parse(
         ],
     )
     words = _explicit(expand(with_recipe(command, settings, arguments)), settings)
+    complaint = io.StringIO()
     try:
-        parsed: Any = tyro.cli(
-            both,
-            args=words,
-            prog=f"nextscale {command}",
-            description=f"{about}\n\nexample:\n  {example}",
-            use_underscores=True,
-        )
+        with contextlib.redirect_stderr(complaint):
+            parsed: Any = tyro.cli(
+                both,
+                args=words,
+                prog=f"nextscale {command}",
+                description=f"{about}\n\nexample:\n  {example}",
+                use_underscores=True,
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UserError(_one_line(complaint.getvalue(), command)) from stop
     except UserError:
         raise
     except ValueError as error:
         raise UserError(str(error)) from error
     return parsed.settings, parsed.output
+
+
+def _one_line(box: str, command: str) -> str:
+    """The first paragraph of tyro's box of an argument error."""
+    lines = [line.strip("╭╮╰╯│─ ") for line in box.splitlines()[1:]]
+    first = list(itertools.takewhile(bool, itertools.dropwhile(lambda line: not line, lines)))
+    text = " ".join(first).replace("settings.", "").replace("Error parsing ", "")
+    return f"{text.rstrip('.')}. See nextscale {command} --help"
 
 
 def with_recipe(command: str, settings: type, arguments: list[str]) -> list[str]:

@@ -94,6 +94,7 @@ def run(command: str, arguments: list[str]) -> int:
             config.model, revision=config.revision, local_files_only=config.local_files_only
         )
         resolved = {**asdict(config), **files.generation, **config.sampling(), "preset": None}
+        resolved["prompt"] = [*resolved.pop("prompts"), *resolved["prompt"]]
         print(to_yaml(command, resolved), end="")
         return 0
     from nextscale.cli.bulk import generate

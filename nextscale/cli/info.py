@@ -18,7 +18,10 @@ ABOUT = "Versions, device and extras; with --model, a model's sizes, defaults an
 EXAMPLE = "nextscale info --model scenes"
 CORE = ("torch", "numpy", "pillow", "safetensors", "huggingface_hub", "tyro", "scipy")
 EXTRAS = {
-    "train": ("torchvision", "accelerate", "peft", "datasets", "webdataset", "tensorboard"),
+    "train": (
+        *("torchvision", "accelerate", "peft", "datasets", "webdataset", "tensorboard"),
+        "scikit-learn",
+    ),
     "eval": ("torch-fidelity", "torchmetrics", "open_clip_torch", "timm"),
     "control": ("opencv-python-headless", "kornia", "timm"),
     "align": ("diffusers", "transformers"),

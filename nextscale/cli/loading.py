@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nextscale import storage
+from nextscale.errors import UserError
 
 if TYPE_CHECKING:
     from nextscale.tokenizers import MultiscaleVQ
@@ -53,7 +54,10 @@ def read_model(
     generation: dict[str, Any] = {}
     if (folder / "generation_config.json").exists():
         generation = storage.read_config(folder / "generation_config.json", 1, "SamplingConfig")
-    conditioner = storage.read_config(folder / "conditioner" / "config.json", 1, "Conditioner")
+    path = folder / "conditioner" / "config.json"
+    conditioner = storage.read_config(path, 1, "Conditioner")
+    if "kind" not in conditioner:
+        raise UserError(f"{path} is damaged: it has no kind of conditioner. Copy the model again.")
     return ModelFiles(folder, generation, conditioner)
 
 
@@ -75,7 +79,8 @@ def check_conditions(model: ModelFiles, conditions: Sequence[str]) -> None:
         from nextscale.var.conditioning import CONDITIONERS
 
         # Not on the meta device: that imports torch._dynamo and sympy, two seconds.
-        CONDITIONERS[kind](**values).tokenize(unique)
+        path = model.folder / "conditioner" / "config.json"
+        storage.build(CONDITIONERS[kind], values, path).tokenize(unique)
 
 
 def load_tokenizer(name: str, device: str, dtype: str) -> MultiscaleVQ:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,7 +44,11 @@ def filmstrip(images: Sequence[Tensor], scales: Sequence[tuple[int, int]]) -> Im
 
 
 def write_grid(
-    path: Path, pictures: Sequence[Path], texts: Sequence[str], per_condition: int
+    path: Path,
+    pictures: Sequence[Path],
+    captions: Sequence[str],
+    per_condition: int,
+    text: Mapping[str, str],
 ) -> None:
     """A sheet of PNG files, a row or more for each prompt or label."""
     import torch
@@ -55,7 +59,7 @@ def write_grid(
     images = np.stack([np.asarray(decode(p)) for p in pictures])
     tensor = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
     columns = per_condition if 1 < per_condition <= 8 else 8
-    save_grid(tensor, path, columns=columns, captions=texts)
+    save_grid(tensor, path, columns=columns, captions=captions, text=text)
 
 
 def write_npz(

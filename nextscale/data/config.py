@@ -25,6 +25,8 @@ class DataConfig:
     """Column of class labels in a table or metadata.jsonl; None: "label" if there is one."""
     caption_column: str | None = None
     """Column of captions; None: "text" or "caption" if there is one."""
+    num_classes: int | None = None
+    """Labels must lie in [0, num_classes); None: as many as the dataset has."""
     num_images: int | None = None
     """Use only the first so many images of each split."""
     strict: bool = False
@@ -44,6 +46,7 @@ def open_dataset(
         image_column=config.image_column,
         label_column=config.label_column,
         caption_column=config.caption_column,
+        num_classes=config.num_classes,
         seed=seed,
         num_images=config.num_images,
         strict=config.strict,

@@ -34,7 +34,8 @@ class BadImage(UserError):
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(
-            f"{name} is no readable image: {reason}. Remove it, or run without --strict to skip it."
+            f"{name} is no readable image: {reason}. Remove or replace it; in a dataset it is "
+            "skipped unless --strict is given."
         )
         self.name = name
         self.reason = reason

@@ -42,6 +42,8 @@ class Batch:
         captions: One text each, or None if the source has no captions.
         names: What to call each picture in a message: a path, a key, "scenes/0/17".
         extra: Further columns of the dataset, by name, as they were read.
+        stand_in: bool [b], True where another picture stands in for one that cannot be read, so
+            that a training batch keeps its size; None: nowhere.
     """
 
     images: Tensor
@@ -49,6 +51,7 @@ class Batch:
     captions: list[str] | None
     names: list[str]
     extra: dict[str, list[Any]] = field(default_factory=dict)
+    stand_in: np.ndarray | None = None
 
 
 class ImageSource(Protocol):
@@ -70,6 +73,10 @@ class ImageSource(Protocol):
 
     def load(self, indices: np.ndarray, *, step: int = 0) -> Batch:
         """Read the pictures at `indices`; `step` keys the random crops and nothing else."""
+        ...
+
+    def captions(self, indices: np.ndarray) -> list[str]:
+        """The captions at `indices` without the pictures; empty if there are none."""
         ...
 
 
@@ -204,6 +211,11 @@ class ScenesSource:
             [f"scenes/{self.scene_seed}/{i}" for i in indices],
         )
 
+    def captions(self, indices: np.ndarray) -> list[str]:
+        """The captions of scenes `indices`, without drawing them."""
+        found = (sample_scene(self.scene_seed, i).caption for i in _checked(indices, len(self)))
+        return [str(caption) for caption in found]
+
 
 class DigitsSource:
     """scikit-learn's 1797 handwritten digits of 8x8 pixels, enlarged; 80 % train, 20 % validate."""
@@ -250,6 +262,10 @@ class DigitsSource:
             [f"digits/{self._rows[i]}" for i in indices],
         )
 
+    def captions(self, indices: np.ndarray) -> list[str]:
+        """None: digits have no captions."""
+        return []
+
 
 class ReaderSource:
     """Any dataset on disk: a reader says what picture i is, this class decodes and crops it."""
@@ -295,7 +311,8 @@ class ReaderSource:
         """
         taken: list[int] = []
         pictures: list[np.ndarray] = []
-        for index in _checked(indices, len(self)):
+        wanted = _checked(indices, len(self))
+        for index in wanted:
             row, picture = self._next_good(int(index), step)
             taken.append(row)
             pictures.append(picture)
@@ -307,7 +324,14 @@ class ReaderSource:
             [reader.caption(row) for row in taken] if self.has_captions else None,
             [reader.name(row) for row in taken],
             {key: [c.get(key) for c in columns] for key in sorted({k for c in columns for k in c})},
+            np.asarray(taken) != self.rows[wanted],
         )
+
+    def captions(self, indices: np.ndarray) -> list[str]:
+        """The captions of pictures `indices`, without decoding the pictures."""
+        if not self.has_captions:
+            return []
+        return [self.reader.caption(int(self.rows[i])) for i in _checked(indices, len(self))]
 
     def _next_good(self, index: int, step: int) -> tuple[int, np.ndarray]:
         for offset in range(len(self)):

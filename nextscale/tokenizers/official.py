@@ -70,7 +70,10 @@ def read_tokenizer(
     official = read_official(source, "quantize.embedding.weight", "vae_local")
     codebook = official["quantize.embedding.weight"]
     if scales is None:
-        raise UserError("the tokenizer file does not tell its scales; pass scales=(1, 2, 3, ...)")
+        raise UserError(
+            "the tokenizer file does not tell its scales; pass scales=(1, 2, 3, ...), or "
+            "--scales 1 2 3 ..."
+        )
 
     for key in ("encoder.conv_in", "encoder.down.0.block.0.conv1", "quant_conv"):
         if f"{key}.weight" not in official:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Int
+from safetensors import safe_open
 from torch import Tensor
 
 from nextscale import processes, storage
@@ -69,6 +70,7 @@ def write_token_maps(
     processes.barrier()
     if processes.is_main():
         first = next(iter(sources.values()))
+        counts = {s: _count(folder / f"{s.name}.safetensors") for s in shards}
         index = {
             "format_version": FORMAT_VERSION,
             "class": "TokenMaps",
@@ -79,7 +81,7 @@ def write_token_maps(
             "class_names": first.class_names,
             "has_captions": first.has_captions,
             "splits": {
-                split: [[s.name, len(s.rows)] for s in shards if s.split == split]
+                split: [[s.name, n] for s, n in counts.items() if s.split == split and n]
                 for split in sources
             },
             "facts": dict(facts or {}),
@@ -114,11 +116,15 @@ def _write_shard(
     for start in range(0, len(shard.rows), batch_size):
         batch = source.load(np.asarray(shard.rows[start : start + batch_size]))
         codes = tokenizer.encode(to_float(batch.images).to(device))
-        tokens.append(codes.to(torch.int16 if small else torch.int32).cpu())
-        if batch.labels is not None:
-            labels.append(batch.labels)
-        captions += batch.captions or []
         bar.update(len(codes))
+        # A picture that cannot be read has no tokens: no other one stands in for it here.
+        read = torch.ones(len(codes), dtype=torch.bool)
+        if batch.stand_in is not None:
+            read = torch.from_numpy(~batch.stand_in)
+        tokens.append(codes.cpu()[read].to(torch.int16 if small else torch.int32))
+        if batch.labels is not None:
+            labels.append(batch.labels[read])
+        captions += [c for c, good in zip(batch.captions or (), read, strict=False) if good]
     tensors = {"tokens": torch.cat(tokens)}
     if labels:
         tensors["labels"] = torch.cat(labels)
@@ -126,6 +132,12 @@ def _write_shard(
         lines = "".join(json.dumps(c, ensure_ascii=False) + "\n" for c in captions)
         storage.write_bytes(folder / f"{shard.name}.captions.jsonl", lines.encode())
     storage.write_tensors(folder / f"{shard.name}.safetensors", tensors)
+
+
+def _count(path: Path) -> int:
+    """How many token maps a shard holds."""
+    with safe_open(path, framework="numpy") as file:
+        return file.get_slice("tokens").get_shape()[0]
 
 
 def is_token_maps(path: str | Path) -> bool:
@@ -209,6 +221,10 @@ class TokenMaps:
             None if self._labels is None else self._gather(self._labels, indices),
             None if captions is None else [captions[i] for i in indices],
         )
+
+    def captions(self, indices: np.ndarray) -> list[str]:
+        """The captions of images `indices`; empty if there are none."""
+        return [] if self._captions is None else [self._captions[i] for i in indices]
 
     def check_tokenizer(self, tokenizer: MultiscaleVQ) -> None:
         """Refuse another tokenizer than the one that made the maps.

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nextscale import storage
-from nextscale.errors import UserError
+from nextscale.errors import UserError, require
 from nextscale.tokenizers.autoencoder import Decoder, Encoder, channels_last
 from nextscale.tokenizers.quantizer import MultiscaleQuantizer, QuantizerOutput
 from nextscale.tokenizers.schedule import ScaleSchedule, as_schedule
@@ -54,6 +54,15 @@ class TokenizerConfig:
         for field in ("scales", "channel_multipliers"):  # JSON gives lists
             value = tuple(tuple(v) if isinstance(v, list) else v for v in getattr(self, field))
             object.__setattr__(self, field, value)
+        for field in ("codebook_size", "codebook_dim", "channels", "num_res_blocks", "norm_groups"):
+            require(field, getattr(self, field), getattr(self, field) > 0, "be above 0")
+        multipliers = self.channel_multipliers
+        positive = bool(multipliers) and all(m > 0 for m in multipliers)
+        require("channel_multipliers", multipliers, positive, "hold numbers above 0")
+        for field in ("num_phi", "commitment_weight"):
+            require(field, getattr(self, field), getattr(self, field) >= 0, "be 0 or more")
+        for field in ("phi_ratio", "dropout"):
+            require(field, getattr(self, field), 0 <= getattr(self, field) <= 1, "lie in [0, 1]")
         for multiplier in (1, *self.channel_multipliers):
             if self.channels * multiplier % self.norm_groups:
                 raise UserError(
@@ -216,7 +225,7 @@ class MultiscaleVQ(nn.Module):
         """Read what `save_pretrained` wrote (float32 on the CPU)."""
         folder = Path(folder)
         config = storage.read_config(folder / "config.json", FORMAT_VERSION, "MultiscaleVQ")
-        model = cls(TokenizerConfig(**config))
+        model = cls(storage.build(TokenizerConfig, config, folder))
         state = storage.read_tensors(folder / "model.safetensors")
         storage.load_state(model, {k: v.float() for k, v in state.items()}, folder)
         return model.eval()

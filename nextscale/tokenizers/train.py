@@ -22,7 +22,7 @@ from nextscale import processes
 from nextscale.data.config import DataConfig, open_dataset
 from nextscale.data.images import to_float
 from nextscale.data.sources import ImageSource
-from nextscale.errors import UserError
+from nextscale.errors import UserError, require
 from nextscale.streams import batch_indices, stream
 from nextscale.tokenizers.adversarial import LPIPS, PatchDiscriminator, adaptive_weight
 from nextscale.tokenizers.codebook import (
@@ -38,7 +38,6 @@ from nextscale.tokenizers.codebook import (
 from nextscale.tokenizers.quantizer import PhiConv, phi_index
 from nextscale.tokenizers.tokenizer import MultiscaleVQ, TokenizerConfig, psnr
 from nextscale.training import FitResult, TrainingConfig, fit, frozen, save_grid
-from nextscale.training.config import require
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from nextscale.errors import UserError
+from nextscale.errors import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,9 @@ class TrainingConfig:
     learning_rate: float = 1e-4
     """Peak learning rate, for the global batch as it is: no automatic scaling."""
     lr_scheduler: Literal["constant", "linear", "cosine", "var"] = "constant"
-    """After the warm-up: flat, linear or cosine to `lr_final`; var holds 5 %, then is linear."""
+    """After the warm-up: flat, linear or cosine to `lr_final`; var holds the peak first."""
+    lr_hold: float = 0.05
+    """Share of the steps after the warm-up for which var holds the peak."""
     lr_warmup_steps: int = 0
     """Steps of linear warm-up."""
     lr_final: float = 0.1
@@ -94,6 +96,7 @@ class TrainingConfig:
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):
             value = getattr(self, name)
             require(name, value, 0 <= value < 1, "lie in [0, 1); 0.9 to 0.9999 is common")
+        require("lr_hold", self.lr_hold, 0 <= self.lr_hold < 1, "lie in [0, 1)")
         require("lr_final", self.lr_final, 0 <= self.lr_final <= 1, "lie in [0, 1]")
         choices = {
             "lr_scheduler": ("constant", "linear", "cosine", "var"),
@@ -103,9 +106,3 @@ class TrainingConfig:
         for name, allowed in choices.items():
             value = getattr(self, name)
             require(name, value, value in allowed, f"be one of {', '.join(allowed)}")
-
-
-def require(name: str, value: object, holds: bool, rule: str) -> None:
-    """Raise a UserError unless a setting's rule holds; `rule` goes on after "must"."""
-    if not holds:
-        raise UserError(f"{name} is {value}, but must {rule}.")

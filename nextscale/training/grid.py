@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from nextscale.data.images import save_png
 from nextscale.errors import UserError
-from nextscale.storage import atomic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +20,11 @@ LINE_HEIGHT = 12
 
 
 def save_grid(
-    images: Tensor, path: str | Path, columns: int = 8, captions: Sequence[str] | None = None
+    images: Tensor,
+    path: str | Path,
+    columns: int = 8,
+    captions: Sequence[str] | None = None,
+    text: Mapping[str, str] | None = None,
 ) -> None:
     """Write images side by side, row by row, into one PNG file.
 
@@ -29,6 +33,7 @@ def save_grid(
         path: The file to write, atomically; parent folders are made.
         columns: Tiles per row.
         captions: One text per image, printed under its tile and wrapped to its width.
+        text: Written as PNG text chunks, as `save_png` does.
 
     Raises:
         UserError: If the shape, `columns` or the number of captions does not fit.
@@ -57,8 +62,8 @@ def save_grid(
         sheet.paste(Image.fromarray(pixels[index]), (x, y))
         if texts:
             draw.multiline_text((x, y + height), texts[index], "black", font=font, spacing=0)
-    with atomic(path) as temporary:
-        sheet.save(temporary, format="PNG")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    save_png(sheet, path, text)
 
 
 def _wrap(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:

@@ -6,9 +6,8 @@ import math
 
 from nextscale.training.config import TrainingConfig
 
-# VAR (arXiv 2404.02905, released trainer): where the warm-up starts, how long the peak is held.
+# VAR (arXiv 2404.02905, released trainer): where the warm-up starts.
 VAR_WARMUP_START = 0.005
-VAR_HOLD = 0.05
 
 
 def lr_factor(config: TrainingConfig, step: int) -> float:
@@ -31,7 +30,7 @@ def lr_factor(config: TrainingConfig, step: int) -> float:
     elif config.lr_scheduler == "cosine":
         left = 0.5 + 0.5 * math.cos(math.pi * progress)
     else:
-        left = min(1.0, (1 - progress) / (1 - VAR_HOLD))
+        left = min(1.0, (1 - progress) / (1 - config.lr_hold))
     return config.lr_final + (1 - config.lr_final) * left
 
 

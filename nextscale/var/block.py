@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nextscale.errors import UserError
+from nextscale.errors import UserError, require
 from nextscale.var.attention import Backend, attend
 from nextscale.var.cache import KeyValueCache
 
@@ -50,6 +50,16 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         scales = tuple(tuple(s) if isinstance(s, list) else s for s in self.scales)
         object.__setattr__(self, "scales", scales)
+        for name in ("codebook_size", "codebook_dim", "depth", "width", "num_heads", "context_dim"):
+            value = getattr(self, name)
+            require(name, value, value is None or value > 0, "be above 0")
+        require("mlp_ratio", self.mlp_ratio, self.mlp_ratio > 0, "be above 0")
+        policies = ("causal", "diagonal", "markov")
+        require(
+            "mask_policy", self.mask_policy, self.mask_policy in policies, f"be one of {policies}"
+        )
+        drop = self.drop_path
+        require("drop_path", drop, drop is None or 0 <= drop < 1, "lie in [0, 1)")
         if self.resolved_width % self.resolved_heads:
             raise UserError(
                 f"num_heads {self.resolved_heads} does not divide width {self.resolved_width}"

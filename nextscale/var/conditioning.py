@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
@@ -11,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from nextscale.data import captions as scenes_grammar
-from nextscale.errors import UserError, missing_extra
+from nextscale.errors import UserError, missing_extra, require
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,13 @@ class Conditioner(nn.Module):
     context_dim: int | None = None
     """Channels of the context tokens, None if there are none."""
 
-    def tokenize(self, conditions: Sequence[Any]) -> Int[Tensor, "b ..."]:
+    def tokenize(self, conditions: Sequence[Any], *, strict: bool = True) -> Int[Tensor, "b ..."]:
         """Ids of class labels or prompts.
+
+        Args:
+            conditions: Labels or prompts.
+            strict: Refuse what the model cannot read; else (captions of a training set) leave
+                unknown words out and cut what is too long.
 
         Raises:
             UserError: For a label out of range or a prompt that the model cannot read.
@@ -99,7 +105,7 @@ class ClassConditioner(Conditioner):
         self.num_classes, self.class_names = num_classes, class_names
         self.embedding = nn.Embedding(num_classes + 1, width)
 
-    def tokenize(self, conditions: Sequence[Any]) -> Int[Tensor, " b"]:
+    def tokenize(self, conditions: Sequence[Any], *, strict: bool = True) -> Int[Tensor, " b"]:
         """Class numbers of numbers or names."""
         return torch.tensor([self._label(c) for c in conditions], dtype=torch.long)
 
@@ -167,6 +173,12 @@ class WordEncoderConfig:
     encoder_heads: int = 4
     """Attention heads."""
 
+    def __post_init__(self) -> None:
+        for name in ("max_words", "encoder_width", "encoder_depth", "encoder_heads"):
+            require(name, getattr(self, name), getattr(self, name) > 0, "be above 0")
+        width, heads = self.encoder_width, self.encoder_heads
+        require("encoder_width", width, width % heads == 0, f"be a multiple of {heads} heads")
+
 
 class WordConditioner(Conditioner):
     """A small transformer encoder over words, learned with the model: no download.
@@ -198,12 +210,14 @@ class WordConditioner(Conditioner):
         )
         self.pool = nn.Linear(c, width)
 
-    def tokenize(self, conditions: Sequence[Any]) -> Int[Tensor, "b s"]:
+    def tokenize(self, conditions: Sequence[Any], *, strict: bool = True) -> Int[Tensor, "b s"]:
         """A start symbol and the words of each prompt, padded."""
         ids = torch.full((len(conditions), self.settings.max_words + 1), self._PAD)
         ids[:, 0] = self._START
         for row, prompt in zip(ids, conditions, strict=True):
-            words = self._words(str(prompt))
+            words = self._words(str(prompt), strict)
+            if not strict:
+                words = words[: self.settings.max_words]
             if len(words) > self.settings.max_words:
                 raise UserError(
                     f'the prompt "{prompt}" has {len(words)} words, the model reads '
@@ -212,11 +226,14 @@ class WordConditioner(Conditioner):
             row[1 : len(words) + 1] = torch.tensor([self._index[w] for w in words])
         return ids
 
-    def _words(self, prompt: str) -> list[str]:
+    def _words(self, prompt: str, strict: bool) -> list[str]:
         if self.settings.grammar == "scenes":
-            prompt = str(scenes_grammar.parse(prompt))
+            with contextlib.nullcontext() if strict else contextlib.suppress(UserError):
+                prompt = str(scenes_grammar.parse(prompt))
         words = split_words(prompt)
         unknown = [w for w in words if w not in self._index]
+        if not strict:
+            return [w for w in words if w in self._index]
         if unknown:
             raise UserError(
                 f'the prompt "{prompt}" has words that the model has not learned: '
@@ -278,7 +295,7 @@ class PretrainedTextConditioner(Conditioner):
         self.context_dim = encoder.config.hidden_size
         self.pool = nn.Linear(encoder.config.hidden_size, width)
 
-    def tokenize(self, conditions: Sequence[Any]) -> Int[Tensor, "b s two"]:
+    def tokenize(self, conditions: Sequence[Any], *, strict: bool = True) -> Int[Tensor, "b s two"]:
         """Ids and attention mask of the encoder's own tokenizer; long prompts are cut."""
         out = self._tokenizer(
             [str(c) for c in conditions],

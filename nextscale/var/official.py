@@ -59,7 +59,8 @@ def read_transformer(
     if scales is None and tokens not in OFFICIAL_SCALES:
         raise UserError(
             f"the transformer has {tokens} positions, which is none of the released schedules "
-            f"({', '.join(map(str, OFFICIAL_SCALES))}); pass scales=(1, 2, ...)"
+            f"({', '.join(map(str, OFFICIAL_SCALES))}); pass scales=(1, 2, ...), or "
+            "--scales 1 2 ..."
         )
     scales = tuple(scales or OFFICIAL_SCALES[tokens])
     if sum(s * s for s in scales) != tokens:

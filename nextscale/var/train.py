@@ -19,7 +19,7 @@ from nextscale.data import captions as scenes_grammar
 from nextscale.data.config import DataConfig, open_dataset
 from nextscale.data.images import to_float
 from nextscale.data.sources import ImageSource
-from nextscale.errors import UserError
+from nextscale.errors import UserError, require
 from nextscale.streams import stream
 from nextscale.tokenizers import MultiscaleVQ
 from nextscale.tokenizers.token_maps import TokenMaps, is_token_maps
@@ -75,7 +75,8 @@ class TransformerTrainingConfig(TrainingConfig, DataConfig):
     """Share of tokens replaced by random codes in the inputs (not the targets); ours, for
     robustness against the model's own mistakes; 0 is the paper."""
     progressive_fraction: float = 0.0
-    """Share of the run over which scales are added one by one (pg of the released code)."""
+    """Share of the run over which scales are added one by one (pg of the released code); the
+    schedule var then holds the peak as long, unless `lr_hold` says otherwise."""
     progressive_start: int = 4
     """Last scale of the first stage (pg0)."""
     progressive_warmup: int = 100
@@ -102,14 +103,22 @@ class TransformerTrainingConfig(TrainingConfig, DataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.conditioning not in ("auto", "class", "caption"):
-            raise UserError(
-                f'conditioning must be auto, class or caption, got "{self.conditioning}"'
-            )
-        if self.optimizer not in ("adamw", "muon"):
-            raise UserError(f'optimizer must be adamw or muon, got "{self.optimizer}"')
-        if not 0 <= self.label_dropout < 1:
-            raise UserError(f"label_dropout must lie in [0, 1), got {self.label_dropout}")
+        choices = {"conditioning": ("auto", "class", "caption"), "optimizer": ("adamw", "muon")}
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            require(name, value, value in allowed, f"be one of {', '.join(allowed)}")
+        for name in ("label_dropout", "label_smoothing", "input_noise", "lora_dropout"):
+            value = getattr(self, name)
+            require(name, value, 0 <= value < 1, "lie in [0, 1)")
+        share = self.progressive_fraction
+        require("progressive_fraction", share, 0 <= share < 1, "lie in [0, 1)")
+        if share and self.lr_hold == TransformerTrainingConfig.lr_hold:
+            object.__setattr__(self, "lr_hold", share)
+        counts = ("progressive_start", "progressive_warmup", "lora_rank", "num_validation_prompts")
+        for name in counts:
+            require(name, getattr(self, name), getattr(self, name) >= 0, "be 0 or more")
+        count = self.num_validation_images
+        require("num_validation_images", count, count > 0, "be above 0")
         if self.lora_rank and self.model is None:
             raise UserError("lora_rank needs a base: pass --model NAME or FOLDER")
 
@@ -153,7 +162,8 @@ def train_transformer(
 
     def load_batch(indices: np.ndarray, step: int) -> Batch:
         batch = examples.load(indices, step)
-        noise = [torch.rand(1, generator=stream(config.seed, step, int(i))) for i in indices]
+        # The third key keeps these draws apart from those of the random crops.
+        noise = [torch.rand(1, generator=stream(config.seed, step, int(i), 1)) for i in indices]
         dropped = torch.cat(noise) < config.label_dropout
         ids = batch["ids"]
         assert ids is not None
@@ -256,7 +266,7 @@ class _Examples:
             raise UserError(f"the model needs {kind}, the dataset has none")
         if self._inputs is not None:
             batch["inputs"] = self._inputs[torch.as_tensor(indices)]
-        batch["ids"] = self.conditioner.tokenize(list(conditions))
+        batch["ids"] = self.conditioner.tokenize(list(conditions), strict=False)
         return batch
 
 
@@ -339,14 +349,15 @@ def _vocabulary(config: TransformerTrainingConfig, source: ImageSource | TokenMa
     """The words of the scenes grammar, or those of the first 100,000 training captions."""
     if config.words.grammar == "scenes":
         return list(scenes_grammar.VOCABULARY)
-    words: dict[str, None] = {}
-    for start in range(0, min(len(source), 100_000), 1000):
-        indices = np.arange(start, min(start + 1000, len(source)))
-        loaded = source.load(indices)
-        captions = loaded[2] if isinstance(loaded, tuple) else loaded.captions
-        for caption in captions or ():
-            words |= dict.fromkeys(split_words(caption))
-    return sorted(words)
+    captions = source.captions(np.arange(min(len(source), 100_000)))
+    split = [split_words(caption) for caption in captions]
+    cut = sum(len(words) > config.words.max_words for words in split)
+    if cut:
+        logger.warning(
+            "%d of %d captions are longer than max_words %d and are cut",
+            cut, len(captions), config.words.max_words,
+        )  # fmt: skip
+    return sorted({word for words in split for word in words})
 
 
 def _fit_classes(

@@ -63,6 +63,43 @@ def test_missing_weights(generate, broken):
     assert_plain(generate(PROMPT, "--model", broken), 2, "tokenizer/model.safetensors")
 
 
+@pytest.mark.parametrize("part", ["tokenizer", "transformer", "conditioner"])
+def test_a_configuration_with_an_unknown_key(generate, broken, part):
+    config = storage.read_json(broken / part / "config.json")
+    storage.write_json(broken / part / "config.json", {**config, "colour": 1})
+    assert_plain(generate(PROMPT, "--model", broken), 2, part, "colour")
+
+
+def test_a_conditioner_without_kind(generate, broken):
+    config = storage.read_json(broken / "conditioner/config.json")
+    del config["kind"]
+    storage.write_json(broken / "conditioner/config.json", config)
+    assert_plain(generate(PROMPT, "--model", broken), 2, "conditioner/config.json", "no kind")
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "part"),
+    [
+        ("var", ["--transformer.depth=-1"], "depth is -1, but must be above 0"),
+        ("var", ["--transformer.depth", "0"], "depth is 0"),
+        ("var", ["--transformer.width=-64"], "width is -64"),
+        ("var", ["--transformer.drop_path", "1.5"], "drop_path is 1.5"),
+        ("var", ["--words.max_words", "0"], "max_words is 0"),
+        ("var", ["--num_validation_images=-1"], "num_validation_images is -1"),
+        ("var", ["--label_smoothing", "5"], "label_smoothing is 5"),
+        ("var", ["--lora_rank=-3"], "lora_rank is -3"),
+        ("var", ["--progressive_fraction", "4"], "progressive_fraction is 4"),
+        ("tokenizer", ["--tokenizer.codebook_size=-5"], "codebook_size is -5"),
+        ("tokenizer", ["--tokenizer.phi_ratio", "7"], "phi_ratio is 7"),
+        ("tokenizer", ["--train_batch_size=-2"], "train_batch_size is -2"),
+    ],
+)
+def test_sizes_that_no_model_can_have(run, tmp_path, command, words, part):
+    result = run("train", command, "--output_dir", tmp_path / "out", *words)
+    assert_plain(result, 2, part)
+    assert not (tmp_path / "out").exists()
+
+
 class Boom:
     def __reduce__(self):
         return os.system, ("touch /tmp/nextscale-must-not-exist",)
@@ -150,6 +187,11 @@ def test_output_folder_without_permission(generate, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     assert_plain(generate(PROMPT), 2, "no permission", "Choose another folder")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs Linux's /proc")
+def test_output_folder_that_cannot_be_made(generate):
+    assert_plain(generate(PROMPT, "--output_dir", "/proc/nextscale"), 1, "another output folder")
 
 
 def test_full_disk_keeps_what_is_finished(generate, tmp_path, monkeypatch):

@@ -48,6 +48,24 @@ def test_encode_writes_token_maps_that_read_back(run, models, tmp_path):
         maps.load(np.array([23]))
 
 
+def test_encode_leaves_out_what_is_no_image(run, models, tmp_path):
+    folder = tmp_path / "own"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    for i in range(3):
+        (folder / f"broken{i}.png").write_bytes(b"no image")
+    words = ["--tokenizer", models["words"], "--dataset", folder, "--resolution", 32, "--json"]
+    result = run("encode", *words, "--output_dir", tmp_path / "maps")
+    assert result.code == 0, result.err
+    maps = [TokenMaps(tmp_path / "maps", split=split) for split in ("train", "validation")]
+    counts = [len(m) for m in maps]
+    assert sum(counts) == 40
+    assert counts == [result.json["num_train"], result.json["num_validation"]]
+
+
 def test_encode_refuses(run, models, tmp_path):
     assert encode(run, models, tmp_path / "maps", "--num_validation_images", 0).code == 0
     again = encode(run, models, tmp_path / "maps")

@@ -28,6 +28,7 @@ DATA = set(
         "image_column",
         "label_column",
         "caption_column",
+        "num_classes",
         "num_images",
         "strict",
     ]
@@ -41,6 +42,7 @@ TRAINING = set(
         "train_batch_size",
         "gradient_accumulation_steps",
         "learning_rate",
+        "lr_hold",
         "lr_scheduler",
         "lr_warmup_steps",
         "lr_final",

@@ -36,6 +36,10 @@ def test_writes_pictures_grid_and_recipe(generate, tmp_path):
     assert result.json["seed"] == 7
     assert result.json["images"] == [str(out / f"{i:06d}.png") for i in range(4)]
     assert pixels(out / "000000.png").shape == (32, 32, 3)
+    with Image.open(out / "grid.png") as grid:
+        about = json.loads(grid.text["nextscale"])
+    assert about["seed"] == 7
+    assert about["weights"] == result.json["weights"]
 
 
 def test_matches_the_pipeline(generate, models, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 
 from nextscale.errors import UserError
 from nextscale.training import TrainingConfig, lr_factor, weight_decay_at
+from nextscale.var.train import TransformerTrainingConfig
 
 
 def config(**fields: object) -> TrainingConfig:
@@ -20,6 +21,14 @@ def test_var_holds_then_falls_to_the_final_fraction() -> None:
     assert lr_factor(run, 15) == pytest.approx(1.0)  # 5 % of the 100 steps after the warm-up
     assert lr_factor(run, 60) == pytest.approx(0.1 + 0.9 * 0.5 / 0.95)
     assert lr_factor(run, 110) == pytest.approx(0.1)
+
+
+def test_progressive_training_holds_the_peak_while_scales_are_added() -> None:
+    run = TransformerTrainingConfig(
+        output_dir="unused", max_train_steps=101, lr_scheduler="var", progressive_fraction=0.5
+    )
+    assert lr_factor(run, 50) == 1.0
+    assert lr_factor(run, 75) == pytest.approx(0.1 + 0.9 / 2)
 
 
 @pytest.mark.parametrize(

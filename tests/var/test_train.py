@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from PIL import Image
 
 from nextscale.errors import UserError
 from nextscale.pipeline import NextScalePipeline
@@ -67,9 +72,57 @@ def settings(folder: Path, tokenizer: Path, **changes: Any) -> TransformerTraini
     return TransformerTrainingConfig(**{**values, **changes})
 
 
-def losses(folder: Path) -> list[float]:
+def losses(folder: Path, name: str = "loss") -> list[float]:
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
+    return [line[name] for line in lines if name in line]
+
+
+def test_own_captions_with_rare_and_many_words(tmp_path: Path, tokenizer_folder: Path) -> None:
+    folder = tmp_path / "own"
+    folder.mkdir()
+    rows = []
+    for i in range(24):
+        pixels = np.full((16, 16, 3), 10 * i, dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        # Every caption has a word of its own: those of the validation part are not in training.
+        rows.append({"file_name": f"{i}.png", "text": f"grey level{i}" + " very" * (i % 7)})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    words = WordEncoderConfig(max_words=5, encoder_width=16, encoder_heads=2)
+    changes: dict[str, Any] = {"dataset": str(folder), "max_train_steps": 2, "words": words}
+    train_transformer(settings(tmp_path / "run", tokenizer_folder, **changes), progress=False)
+    pipe = NextScalePipeline.from_pretrained(tmp_path / "run" / "model")
+    assert pipe("very grey", seed=0).images[0].size == (16, 16)
+    with pytest.raises(UserError, match="has not learned: purple"):
+        pipe("purple grey")
+
+
+def test_two_processes_train_like_one(tmp_path: Path, tokenizer_folder: Path) -> None:
+    # Adam divides by the gradient: without an epsilon it would blow rounding up where that is 0.
+    changes = {"adam_epsilon": 1e-3, "max_train_steps": 3}
+    train_transformer(settings(tmp_path / "one", tokenizer_folder, **changes), progress=False)
+    recipe = yaml.safe_load((tmp_path / "one" / "recipe.yaml").read_text())
+    recipe |= {"output_dir": str(tmp_path / "two"), "train_batch_size": 4}
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(recipe))
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+            *("-m", "nextscale", "train", "var", "--config", str(tmp_path / "two.yaml")),
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        _, errors = process.communicate(timeout=240)
+    finally:
+        process.terminate()
+    assert process.returncode == 0, errors
+    assert json.loads((tmp_path / "two" / "run.json").read_text())["processes"] == 2
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    one, two = (losses(tmp_path / f, "grad_norm") for f in ("one", "two"))
+    assert one == pytest.approx(two, rel=1e-3)
+    NextScalePipeline.from_pretrained(tmp_path / "two" / "model")
 
 
 def test_captions_train_a_model_that_the_pipeline_loads(
