@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -281,7 +282,7 @@ class NextScalePipeline:
             output_type: "pil", "pt" or "np".
             return_scales: Also decode the picture after every scale.
             callback: Called with (index of the first image of the batch, step) after every scale.
-            progress: Show a bar over images.
+            progress: Show a bar over batches.
             unknown: Refused with an explanation.
 
         Raises:
@@ -495,10 +496,11 @@ def image_seeds(
         seed = _draw_seed(generator) // 2
     if seed is None:
         seed = random_seed()
-    if not isinstance(seed, int):
+    if isinstance(seed, Sequence | np.ndarray):
         if len(seed) != count:
             raise UserError(f"{len(seed)} seeds for {count} images; pass one per image")
-        return list(seed)
+        return [operator.index(s) for s in seed]
+    seed = operator.index(seed)
     if not 0 <= seed <= SEED_LIMIT - count:
         raise UserError(
             f"seed {seed} is out of range: image i uses seed + i, which must lie in [0, 2^32)"

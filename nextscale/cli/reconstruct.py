@@ -68,7 +68,7 @@ def run(command: str, arguments: list[str]) -> int:
             f"{tokenizer.resolution[0]}"
         )
     source = open_dataset(config, "validation")
-    report: dict[str, Any] = {"num_images": len(source)}
+    report: dict[str, Any] = {"split": "validation (held out)", "num_images": len(source)}
     report |= measure(tokenizer, source, len(source), config.batch_size, progress=output.bar())
     if config.dataset == "scenes":
         report["checker_agreement"] = _agreement(tokenizer, source, config.batch_size, output)

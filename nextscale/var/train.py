@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from nextscale import processes, storage
 from nextscale.data import captions as scenes_grammar
@@ -157,6 +159,8 @@ def train_transformer(
             targets=config.lora_target_modules,
         )
     examples.conditioner = validation.conditioner = model.conditioner
+    if base is not None and isinstance(model.conditioner, WordConditioner):
+        _warn_of_lost_words(model.conditioner, examples.source)
     schedule = model.schedule
     scale_index = schedule.scale_index()
 
@@ -243,7 +247,9 @@ class _Examples:
         self._inputs: Tensor | None = None
         if cache_inputs and isinstance(source, TokenMaps):
             parts = []
-            for start in range(0, len(source), 1024):
+            starts = range(0, len(source), 1024)
+            quiet = not (processes.is_main() and sys.stderr.isatty())
+            for start in tqdm(starts, desc="inputs", disable=quiet):
                 indices = np.arange(start, min(start + 1024, len(source)))
                 parts.append(tokenizer.teacher_inputs(source.load(indices)[0]).to(torch.bfloat16))
             self._inputs = torch.cat(parts)
@@ -358,6 +364,21 @@ def _vocabulary(config: TransformerTrainingConfig, source: ImageSource | TokenMa
             cut, len(captions), config.words.max_words,
         )  # fmt: skip
     return sorted({word for words in split for word in words})
+
+
+def _warn_of_lost_words(conditioner: WordConditioner, source: ImageSource | TokenMaps) -> None:
+    captions = source.captions(np.arange(min(len(source), 10_000)))
+    lost = []
+    for caption in captions:
+        try:
+            conditioner.tokenize([caption])
+        except UserError:
+            lost.append(caption)
+    if lost:
+        logger.warning(
+            "%d of %d captions are too long or have words that the model does not know, which "
+            'are left out, such as "%s"', len(lost), len(captions), lost[0],
+        )  # fmt: skip
 
 
 def _fit_classes(
