@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
-from nextscale.data.images import save_png
 from nextscale.errors import UserError
+from nextscale.storage import atomic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +34,7 @@ def save_grid(
         path: The file to write, atomically; parent folders are made.
         columns: Tiles per row.
         captions: One text per image, printed under its tile and wrapped to its width.
-        text: Written as PNG text chunks, as `save_png` does.
+        text: Written as PNG text chunks, readable as `Image.open(path).text`.
 
     Raises:
         UserError: If the shape, `columns` or the number of captions does not fit.
@@ -62,8 +63,11 @@ def save_grid(
         sheet.paste(Image.fromarray(pixels[index]), (x, y))
         if texts:
             draw.multiline_text((x, y + height), texts[index], "black", font=font, spacing=0)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    save_png(sheet, path, text)
+    chunks = PngInfo()
+    for key, value in (text or {}).items():
+        chunks.add_itxt(key, value)
+    with atomic(path) as temporary:
+        sheet.save(temporary, format="PNG", pnginfo=chunks)
 
 
 def _wrap(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:
