@@ -65,7 +65,7 @@ def save_grid(
             draw.multiline_text((x, y + height), texts[index], "black", font=font, spacing=0)
     chunks = PngInfo()
     for key, value in (text or {}).items():
-        chunks.add_itxt(key, value)
+        chunks.add_text(key, value)
     with atomic(path) as temporary:
         sheet.save(temporary, format="PNG", pnginfo=chunks)
 

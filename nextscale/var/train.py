@@ -76,6 +76,11 @@ class TransformerTrainingConfig(TrainingConfig, DataConfig):
     input_noise: float = 0.0
     """Share of tokens replaced by random codes in the inputs (not the targets); ours, for
     robustness against the model's own mistakes; 0 is the paper."""
+    self_correction: float = 0.0
+    """Teach later scales to mend what earlier ones got wrong (Infinity, arXiv 2412.04431, section
+    3.4): up to this share of an image's tokens (uniform in [0, share]) is replaced by random codes
+    in the inputs, and the targets of the following scales are what then remains to be drawn. Needs
+    images: token maps have no latents. 0 is VAR."""
     progressive_fraction: float = 0.0
     """Share of the run over which scales are added one by one (pg of the released code); the
     schedule var then holds the peak as long, unless `lr_hold` says otherwise."""
@@ -109,7 +114,8 @@ class TransformerTrainingConfig(TrainingConfig, DataConfig):
         for name, allowed in choices.items():
             value = getattr(self, name)
             require(name, value, value in allowed, f"be one of {', '.join(allowed)}")
-        for name in ("label_dropout", "label_smoothing", "input_noise", "lora_dropout"):
+        shares = ("label_dropout", "label_smoothing", "input_noise", "self_correction")
+        for name in (*shares, "lora_dropout"):
             value = getattr(self, name)
             require(name, value, 0 <= value < 1, "lie in [0, 1)")
         share = self.progressive_fraction
@@ -147,6 +153,8 @@ def train_transformer(
         config = replace(config, generation=generation)  # fine-tuning keeps the base's defaults
     examples = _open_examples(config, tokenizer, "train")
     validation = _open_examples(config, tokenizer, "validation")
+    if config.self_correction and isinstance(examples.source, TokenMaps):
+        raise UserError("self_correction needs images: pass the dataset itself, not token maps")
     model = base if base is not None else _new_model(config, tokenizer, examples)
     model = _fit_classes(model, examples, lora=config.lora_rank > 0)
     lora = None
@@ -178,7 +186,10 @@ def train_transformer(
     def losses(
         modules: Mapping[str, nn.Module], batch: Batch, step: int
     ) -> Iterator[tuple[str, Tensor, Mapping[str, float | Tensor]]]:
-        tokens, inputs = _tokens(batch, tokenizer), batch["inputs"]
+        if config.self_correction:
+            tokens, inputs = _self_corrected(batch, tokenizer, config.self_correction)
+        else:
+            tokens, inputs = _tokens(batch, tokenizer), batch["inputs"]
         if inputs is None or config.input_noise:
             noisy = _replace_some(tokens, config.input_noise, tokenizer.config.codebook_size)
             inputs = tokenizer.teacher_inputs(noisy)
@@ -284,6 +295,29 @@ def _tokens(batch: Batch, tokenizer: MultiscaleVQ) -> Tensor:
         assert images is not None
         return tokenizer.encode(to_float(images.to(device)))
     return tokens.to(device)
+
+
+@torch.no_grad()
+def _self_corrected(batch: Batch, tokenizer: MultiscaleVQ, share: float) -> tuple[Tensor, Tensor]:
+    """Targets [b, t] and inputs of a sampler that errs: scale k quantizes f - F, errors in F."""
+    images = batch["images"]
+    assert images is not None
+    quantizer, schedule = tokenizer.quantizer, tokenizer.schedule
+    f = tokenizer.latents(to_float(images.to(quantizer.codebook.weight.device))).float()
+    reconstruction = torch.zeros_like(f)
+    rate = share * torch.rand(len(f), 1, device=f.device)
+    targets, inputs = [], []
+    for k, side in enumerate(schedule.sides):
+        rest = f - reconstruction
+        if k < schedule.num_scales - 1:
+            rest = F.interpolate(rest, size=side, mode="area")
+        tokens = quantizer.nearest(rest.permute(0, 2, 3, 1).flatten(0, 2)).view(len(f), -1)
+        targets.append(tokens)
+        drawn = _replace_some(tokens, rate, quantizer.codebook_size)
+        codes = quantizer.code_map(drawn, k, schedule)
+        reconstruction, following = quantizer.step(reconstruction, codes, k, schedule)
+        inputs.append(following.flatten(2).transpose(1, 2))
+    return torch.cat(targets, dim=1), torch.cat(inputs[:-1], dim=1)
 
 
 def _load_models(
@@ -435,8 +469,9 @@ def _optimizer(model: nn.Module, config: TransformerTrainingConfig) -> torch.opt
     return torch.optim.AdamW(groups, fused=True, **settings)
 
 
-def _replace_some(tokens: Tensor, share: float, codebook_size: int) -> Tensor:
-    if not share:
+def _replace_some(tokens: Tensor, share: float | Tensor, codebook_size: int) -> Tensor:
+    """Each token becomes a random code with probability `share` (one, or [b, 1])."""
+    if isinstance(share, float) and not share:
         return tokens
     random = torch.randint_like(tokens, codebook_size)
     return torch.where(torch.rand(tokens.shape, device=tokens.device) < share, random, tokens)

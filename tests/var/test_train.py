@@ -16,14 +16,22 @@ import torch
 import yaml
 from PIL import Image
 
+from nextscale.data.images import to_float
+from nextscale.data.sources import open_source
 from nextscale.errors import UserError
 from nextscale.pipeline import NextScalePipeline
 from nextscale.tokenizers import MultiscaleVQ, TokenizerConfig
+from nextscale.tokenizers.token_maps import write_token_maps
 from nextscale.tokenizers.train import initialize
 from nextscale.var import NextScaleTransformer, SamplingConfig, TransformerConfig
 from nextscale.var.conditioning import ClassConditioner, WordConditioner, WordEncoderConfig
 from nextscale.var.lora import base_fingerprint
-from nextscale.var.train import TransformerTrainingConfig, _progress_at, train_transformer
+from nextscale.var.train import (
+    TransformerTrainingConfig,
+    _progress_at,
+    _self_corrected,
+    train_transformer,
+)
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +102,44 @@ def test_own_captions_with_rare_and_many_words(tmp_path: Path, tokenizer_folder:
     assert pipe("very grey", seed=0).images[0].size == (16, 16)
     with pytest.raises(UserError, match="has not learned: purple"):
         pipe("purple grey")
+
+
+def test_self_correction_aims_at_what_remains(tokenizer_folder: Path) -> None:
+    tokenizer = MultiscaleVQ.from_pretrained(tokenizer_folder).requires_grad_(False)
+    batch = open_source("scenes", resolution=16).load(np.arange(8))
+    images = {"images": batch.images}
+    f = tokenizer.latents(to_float(batch.images))
+    tokens = tokenizer.encode(to_float(batch.images))
+
+    targets, inputs = _self_corrected(images, tokenizer, 0.0)
+    assert torch.equal(targets, tokens)  # no errors: nothing to mend
+    torch.testing.assert_close(inputs, tokenizer.teacher_inputs(tokens))
+
+    torch.manual_seed(0)
+    targets, inputs = _self_corrected(images, tokenizer, 0.9)
+    assert torch.equal(targets[:, 0], tokens[:, 0])
+    # The inputs of the last scale are what is drawn so far; the targets come closer to f.
+    where, grid = tokenizer.schedule.slices[-1], tokenizer.schedule.grid
+    drawn = inputs[:, -grid[0] * grid[1] :].transpose(1, 2).view_as(f)
+    rest = (f - drawn).permute(0, 2, 3, 1).flatten(1, 2)
+    errors = [
+        (rest - tokenizer.quantizer.lookup(t[:, where])).square().mean() for t in (targets, tokens)
+    ]
+    assert errors[0] < errors[1]
+
+
+def test_self_correction_trains_on_images_only(tmp_path: Path, tokenizer_folder: Path) -> None:
+    train_transformer(
+        settings(tmp_path / "a", tokenizer_folder, self_correction=0.3), progress=False
+    )
+    assert losses(tmp_path / "a")[-1] < losses(tmp_path / "a")[0]
+    tokenizer = MultiscaleVQ.from_pretrained(tokenizer_folder)
+    source = open_source("scenes", resolution=16, num_images=8)
+    write_token_maps(tmp_path / "maps", tokenizer, {"train": source, "validation": source})
+    maps = {"dataset": str(tmp_path / "maps"), "self_correction": 0.3}
+    with pytest.raises(UserError, match="self_correction needs images"):
+        train_transformer(settings(tmp_path / "b", tokenizer_folder, **maps), progress=False)
+    assert not (tmp_path / "b").exists()
 
 
 def test_two_processes_train_like_one(tmp_path: Path, tokenizer_folder: Path) -> None:
