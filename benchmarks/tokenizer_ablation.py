@@ -105,10 +105,16 @@ def main() -> None:
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "rows": {},
     }
+    path = Path(options.output)
+    before = json.loads(path.read_text()) if path.exists() else {}
+    if before.get("command") == result["command"]:  # go on with an interrupted series
+        result["rows"] = before["rows"]
     for name, changes in ROWS.items():
+        if name in result["rows"]:
+            continue
         result["rows"][name] = run(changes, options.steps)
         print(name, json.dumps(result["rows"][name]), flush=True)
-        Path(options.output).write_text(json.dumps(result, indent=1) + "\n")
+        path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

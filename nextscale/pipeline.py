@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nextscale import storage
 from nextscale.errors import UserError
-from nextscale.streams import SEED_LIMIT, random_seed
+from nextscale.streams import SEED_LIMIT, random_seed, stream
 from nextscale.tokenizers import MultiscaleVQ
 from nextscale.var import NextScaleTransformer, SamplingConfig, ScaleStep, sample
 from nextscale.var.editing import box_mask, keep_tokens
@@ -249,6 +249,7 @@ class NextScalePipeline:
         top_p: float | None = None,
         temperature: float | tuple[float, ...] | None = None,
         more_smooth: bool | None = None,
+        num_candidates: int | None = None,
         seed: int | Sequence[int] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         batch_size: int | None = None,
@@ -274,6 +275,7 @@ class NextScalePipeline:
             top_p: Probability mass kept, in (0, 1]; 1.0 is off.
             temperature: Positive.
             more_smooth: Gumbel-softmax mixing of codes.
+            num_candidates: Pictures drawn per image, of which the likeliest is kept.
             seed: Image i draws from `seed + i`, or from its own of a list; None: random, see
                 `seeds` of the output.
             generator: Instead of `seed`: one that draws the base seed, or a list, one per image,
@@ -281,7 +283,8 @@ class NextScalePipeline:
             batch_size: Split the call into batches; the draws do not change.
             output_type: "pil", "pt" or "np".
             return_scales: Also decode the picture after every scale.
-            callback: Called with (index of the first image of the batch, step) after every scale.
+            callback: Called with (index of the first image of the batch, step) after every scale;
+                the step has num_candidates rows for each image.
             progress: Show a bar over batches.
             unknown: Refused with an explanation.
 
@@ -306,6 +309,7 @@ class NextScalePipeline:
             top_p=top_p,
             temperature=temperature,
             more_smooth=more_smooth,
+            num_candidates=num_candidates,
         )
         count = len(conditions) * num_images_per_prompt
         seeds = image_seeds(seed, generator, count)
@@ -315,19 +319,27 @@ class NextScalePipeline:
         size = batch_size or count
         images, tokens, previews = [], [], []
         for start in _progress(range(0, count, size), progress):
-            rows = slice(start, min(start + size, count))
+            rows, each = slice(start, min(start + size, count)), settings.num_candidates
+            others = None if negative_ids is None else negative_ids[rows]
             steps = self.stream(
-                ids[rows],
+                ids[rows].repeat_interleave(each, 0),
                 settings,
-                seeds=seeds[rows],
-                negative_ids=None if negative_ids is None else negative_ids[rows],
+                seeds=[_candidate_seed(s, j) for s in seeds[rows] for j in range(each)],
+                negative_ids=None if others is None else others.repeat_interleave(each, 0),
             )
-            parts, latents = [], []
+            parts, latents, scores = [], [], []
             for step in steps:
                 parts.append(step.tokens)
                 latents = [*(latents if return_scales else ()), step.f_hat]
+                if each > 1:
+                    chosen = step.conditional.log_softmax(dim=-1).gather(2, step.tokens[..., None])
+                    scores.append(chosen.sum(dim=(1, 2)))
                 if callback is not None:
                     callback(start, step)
+            if each > 1:
+                best = torch.stack(scores).sum(dim=0).view(-1, each).argmax(dim=1)
+                kept = torch.arange(len(best), device=best.device) * each + best
+                parts, latents = [p[kept] for p in parts], [f_hat[kept] for f_hat in latents]
             tokens.append(torch.cat(parts, dim=1).cpu())
             images.append(self.decode(latents[-1]).cpu())
             if return_scales:
@@ -506,6 +518,11 @@ def image_seeds(
             f"seed {seed} is out of range: image i uses seed + i, which must lie in [0, 2^32)"
         )
     return list(range(seed, seed + count))
+
+
+def _candidate_seed(seed: int, candidate: int) -> int:
+    """Candidate 0 is the picture of the seed; the others have streams of (seed, candidate)."""
+    return _draw_seed(stream(seed, candidate)) if candidate else seed
 
 
 def _draw_seed(generator: torch.Generator) -> int:

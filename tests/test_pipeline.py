@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nextscale.errors import UserError
-from nextscale.pipeline import NextScalePipeline, image_seeds
+from nextscale.pipeline import NextScalePipeline, _candidate_seed, image_seeds
 from nextscale.tokenizers import MultiscaleVQ
 from nextscale.var import NextScaleTransformer, SamplingConfig, WordConditioner
 
@@ -52,6 +52,24 @@ def test_scales_end_in_the_picture(pipe: NextScalePipeline) -> None:
     assert out.scales is not None
     assert len(out.scales) == 4
     assert torch.equal(out.scales[-1], out.images)
+
+
+def test_the_likeliest_candidate_is_kept(pipe: NextScalePipeline) -> None:
+    model, tokenizer = pipe.transformer, pipe.tokenizer
+    best = pipe(class_labels=[0, 1, 2], seed=1, num_candidates=4, return_scales=True)
+    for i, label in enumerate([0, 1, 2]):
+        seeds = [_candidate_seed(1 + i, j) for j in range(4)]
+        assert seeds[0] == 1 + i  # candidate 0 is the picture without candidates
+        tokens = pipe(class_labels=[label] * 4, seed=seeds).tokens
+        with torch.no_grad():  # teacher-forced, as an oracle of the cached pass
+            logits = model(tokenizer.teacher_inputs(tokens), class_labels=[label] * 4)
+        chosen = logits.log_softmax(-1).gather(2, tokens[..., None]).sum(dim=(1, 2))
+        assert len(chosen.unique()) > 1
+        assert torch.equal(best.tokens[i], tokens[chosen.argmax()])
+    assert best.scales is not None
+    assert len(best.scales[0]) == len(best.images) == 3
+    parts = pipe(class_labels=[0, 1, 2], seed=1, num_candidates=4, batch_size=2)
+    assert torch.equal(parts.tokens, best.tokens)
 
 
 def test_save_and_load_give_the_same_tokens(pipe: NextScalePipeline, tmp_path: Path) -> None:

@@ -25,10 +25,12 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "fid": (
         *("--guidance_scale", "2.5", "--guidance_schedule", "linear"),
         *("--top_k", "900", "--top_p", "0.96", "--no_more_smooth", "--num_images", "50"),
+        *("--num_candidates", "1"),
     ),
     "visual": (
         *("--guidance_scale", "6.0", "--guidance_schedule", "linear"),
         *("--top_k", "900", "--top_p", "0.95", "--more_smooth"),
+        *("--num_candidates", "1"),
     ),
 }
 

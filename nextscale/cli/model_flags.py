@@ -25,6 +25,9 @@ class SamplingFlags:
     """Divides the logits: one number, or one per scale."""
     more_smooth: bool | None = None
     """Mix codes by Gumbel-softmax: smoother pictures, never for FID."""
+    num_candidates: int | None = None
+    """Draw so many pictures per image and keep the one that the model finds most likely; 1 is off,
+    and the only value for FID. `edit` draws one."""
 
     def sampling(self) -> dict[str, Any]:
         """The settings that are given, as the pipeline takes them."""

@@ -42,6 +42,10 @@ class SamplingConfig:
     """Divides the logits; one number, or one per scale."""
     more_smooth: bool = False
     """Mix code vectors by Gumbel-softmax instead of drawing one: prettier, never for FID."""
+    num_candidates: int = 1
+    """Pictures that the pipeline draws per image; it keeps the one whose tokens the model finds
+    most likely, sum log p(token | condition) without guidance. `sample` itself draws one. Ours; 1
+    is off, and the only value for FID."""
 
     def __post_init__(self) -> None:
         for name in ("guidance_scale", "temperature"):
@@ -57,6 +61,8 @@ class SamplingConfig:
                 f"top_p must be in (0, 1], got {self.top_p}. Use 1.0 to switch nucleus sampling "
                 "off (the official VAR code uses 0.0)"
             )
+        if self.num_candidates < 1:
+            raise UserError(f"num_candidates must be 1 (off) or more, got {self.num_candidates}")
         if self.top_k < 0:
             raise UserError(f"top_k must be 0 (off) or positive, got {self.top_k}")
         if self.guidance_end is not None and self.guidance_end < 0:

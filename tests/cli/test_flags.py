@@ -84,6 +84,7 @@ def test_the_flags_of_the_main_commands():
             "top_p",
             "temperature",
             "more_smooth",
+            "num_candidates",
             "prompts",
             "prompt",
             "prompt_file",
