@@ -3,7 +3,7 @@
     python benchmarks/prompt_accuracy.py --model scenes --benchmarks standard compositional hard
 
 500 fixed captions each (`nextscale/data/benchmarks/`), one picture per caption at the model's
-default settings, judged by the checker; Wilson 95 % intervals.
+default settings (or those given), judged by the checker; Wilson 95 % intervals.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--top_k", type=int)
     parser.add_argument("--top_p", type=float)
     parser.add_argument("--temperature", type=float)
+    parser.add_argument("--num_candidates", type=int)
     parser.add_argument("--output")
     options = parser.parse_args()
     pipe = ns.NextScalePipeline.from_pretrained(options.model, dtype=options.dtype)
@@ -46,6 +47,7 @@ def main() -> None:
             top_k=options.top_k,
             top_p=options.top_p,
             temperature=options.temperature,
+            num_candidates=options.num_candidates,
             output_type="pt",
             progress=True,
         ).images
