@@ -176,14 +176,14 @@ def main() -> None:
         with ProcessPoolExecutor(1, mp_context=context) as pool:
             rows.append(pool.submit(measure, *case, **named).result())
         print(json.dumps(rows[-1]), flush=True)
-    result = {
-        "command": " ".join(["python", *sys.argv]),
-        "hardware": torch.cuda.get_device_name() if cuda else _cpu_name(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "rows": rows,
-    }
-    Path(options.output).write_text(json.dumps(result, indent=1) + "\n")
+        result = {
+            "command": " ".join(["python", *sys.argv]),
+            "hardware": torch.cuda.get_device_name() if cuda else _cpu_name(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "rows": rows,
+        }
+        Path(options.output).write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _cpu_name() -> str:
