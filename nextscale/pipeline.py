@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -319,28 +320,16 @@ class NextScalePipeline:
         size = batch_size or count
         images, tokens, previews = [], [], []
         for start in _progress(range(0, count, size), progress):
-            rows, each = slice(start, min(start + size, count)), settings.num_candidates
-            others = None if negative_ids is None else negative_ids[rows]
-            steps = self.stream(
-                ids[rows].repeat_interleave(each, 0),
+            rows = slice(start, min(start + size, count))
+            drawn, latents = self._draw(
+                ids[rows],
                 settings,
-                seeds=[_candidate_seed(s, j) for s in seeds[rows] for j in range(each)],
-                negative_ids=None if others is None else others.repeat_interleave(each, 0),
+                seeds[rows],
+                negative_ids=None if negative_ids is None else negative_ids[rows],
+                every_scale=return_scales,
+                callback=None if callback is None else partial(callback, start),
             )
-            parts, latents, scores = [], [], []
-            for step in steps:
-                parts.append(step.tokens)
-                latents = [*(latents if return_scales else ()), step.f_hat]
-                if each > 1:
-                    chosen = step.conditional.log_softmax(dim=-1).gather(2, step.tokens[..., None])
-                    scores.append(chosen.sum(dim=(1, 2)))
-                if callback is not None:
-                    callback(start, step)
-            if each > 1:
-                best = torch.stack(scores).sum(dim=0).view(-1, each).argmax(dim=1)
-                kept = torch.arange(len(best), device=best.device) * each + best
-                parts, latents = [p[kept] for p in parts], [f_hat[kept] for f_hat in latents]
-            tokens.append(torch.cat(parts, dim=1).cpu())
+            tokens.append(drawn.cpu())
             images.append(self.decode(latents[-1]).cpu())
             if return_scales:
                 previews.append([self.decode(f_hat).cpu() for f_hat in latents])
@@ -423,12 +412,44 @@ class NextScalePipeline:
         source = self.tokenizer.encode(images.to(self.device) * 2 - 1)
         forcing = keep_tokens(schedule, source, box_mask(schedule, box, mode))
         seeds = image_seeds(seed, None, count)
-        tokens, f_hat = [], source.new_zeros(())
-        for step in self.stream(ids, self.settings(**settings), seeds=seeds, forcing=forcing):
-            tokens.append(step.tokens)
-            f_hat = step.f_hat
-        pictures = _convert(self.decode(f_hat), output_type)
-        return PipelineOutput(pictures, torch.cat(tokens, dim=1).cpu(), seeds)
+        tokens, latents = self._draw(ids, self.settings(**settings), seeds, forcing=forcing)
+        return PipelineOutput(_convert(self.decode(latents[-1]), output_type), tokens.cpu(), seeds)
+
+    def _draw(
+        self,
+        ids: Tensor,
+        settings: SamplingConfig,
+        seeds: Sequence[int],
+        *,
+        negative_ids: Tensor | None = None,
+        forcing: Forcing | None = None,
+        every_scale: bool = False,
+        callback: Callable[[ScaleStep], object] | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Tokens [b, t] and latents of the last or of every scale; the likeliest candidates."""
+        each = settings.num_candidates
+        steps = self.stream(
+            ids.repeat_interleave(each, 0),
+            settings,
+            seeds=[_candidate_seed(seed, j) for seed in seeds for j in range(each)],
+            negative_ids=None if negative_ids is None else negative_ids.repeat_interleave(each, 0),
+            forcing=None if forcing is None else forcing.repeat_interleave(each),
+        )
+        parts, latents, scores = [], [], []
+        for step in steps:
+            parts.append(step.tokens)
+            latents = [*(latents if every_scale else ()), step.f_hat]
+            if each > 1:
+                chosen = step.conditional.log_softmax(dim=-1).gather(2, step.tokens[..., None])
+                scores.append(chosen.sum(dim=(1, 2)))
+            if callback is not None:
+                callback(step)
+        tokens = torch.cat(parts, dim=1)
+        if each == 1:
+            return tokens, latents
+        best = torch.stack(scores).sum(dim=0).view(-1, each).argmax(dim=1)
+        kept = torch.arange(len(best), device=best.device) * each + best
+        return tokens[kept], [f_hat[kept] for f_hat in latents]
 
     def decode(self, f_hat: Tensor) -> Tensor:
         """float32 images in [0, 1] of an accumulated latent."""

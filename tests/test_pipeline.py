@@ -152,6 +152,13 @@ def test_edit_keeps_the_outside_of_the_box(pipe: NextScalePipeline) -> None:
     assert grid[:, 2:].all()
     assert grid[:, :, 2:].all()
     assert kept.images[0].size == (8, 8)
+    hot = {"box": (0.0, 0.0, 0.5, 0.5), "seed": 1, "temperature": 2.0}
+    best = pipe.edit(images, **hot, num_candidates=8)
+    grid = (best.tokens == source)[:, last].view(2, 4, 4)
+    assert grid[:, 2:].all()
+    assert not torch.equal(
+        best.tokens, pipe.edit(images, **hot).tokens
+    )  # a candidate is likelier than the first
 
 
 def test_mismatched_parts_are_refused(

@@ -27,7 +27,7 @@ class SamplingFlags:
     """Mix codes by Gumbel-softmax: smoother pictures, never for FID."""
     num_candidates: int | None = None
     """Draw so many pictures per image and keep the one that the model finds most likely; 1 is off,
-    and the only value for FID. `edit` draws one."""
+    and the only value for FID."""
 
     def sampling(self) -> dict[str, Any]:
         """The settings that are given, as the pipeline takes them."""

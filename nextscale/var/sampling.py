@@ -109,6 +109,10 @@ class Forcing:
     tokens: Int[Tensor, "b t"]
     mask: Bool[Tensor, "b t"]
 
+    def repeat_interleave(self, count: int) -> Forcing:
+        """Each row `count` times in a row."""
+        return Forcing(*(f.repeat_interleave(count, 0) for f in (self.tokens, self.mask)))
+
 
 @dataclass
 class ScaleStep:
