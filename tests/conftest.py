@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -11,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from hypothesis import settings
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -102,3 +106,32 @@ def _fill(module: nn.Module, seed: int) -> None:
         nn.init.normal_(parameter, std=1 / math.sqrt(fan_in), generator=generator)
         if "norm" in name and name.endswith("weight"):
             nn.init.ones_(parameter)
+
+
+@pytest.fixture
+def repeat_with_two_processes() -> Callable[[str, Path, Path], None]:
+    """Repeat a run's recipe under torchrun with two processes, half of the batch of 8 in each."""
+
+    def repeat(command: str, one: Path, two: Path) -> None:
+        recipe = yaml.safe_load((one / "recipe.yaml").read_text())
+        recipe |= {"output_dir": str(two), "train_batch_size": 4}
+        path = two.with_suffix(".yaml")
+        path.write_text(yaml.safe_dump(recipe))
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+                *("--nproc_per_node=2", "-m", "nextscale", "train", command, "--config", str(path)),
+            ],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            _, errors = process.communicate(timeout=240)
+        finally:
+            process.terminate()  # and not kill: torchrun ends its workers
+        assert process.returncode == 0, errors
+        assert json.loads((two / "run.json").read_text())["processes"] == 2
+
+    return repeat

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import yaml
 
 from nextscale.errors import UserError
 from nextscale.storage import read_tensors
@@ -134,31 +131,15 @@ def test_every_option_trains(tmp_path: Path, changes: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("update", ["gradient", pytest.param("ema", marks=pytest.mark.slow)])
-def test_two_processes_train_like_one(tmp_path: Path, update: str) -> None:
+def test_two_processes_train_like_one(
+    tmp_path: Path, update: str, repeat_with_two_processes: Callable[[str, Path, Path], None]
+) -> None:
     # Adam divides by the gradient: without an epsilon it would blow rounding up where that is 0.
     # Revival draws from the main process's images, so only the losses up to it agree.
     changes = {"adam_epsilon": 1e-3, "max_train_steps": 6, "quantizer_start": 2, "revival_steps": 5}
     one = settings(tmp_path / "one", codebook_update=update, **changes)
     train_tokenizer(one, progress=False)
-    recipe = yaml.safe_load((tmp_path / "one" / "recipe.yaml").read_text())
-    recipe |= {"output_dir": str(tmp_path / "two"), "train_batch_size": 4}
-    (tmp_path / "two.yaml").write_text(yaml.safe_dump(recipe))
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
-            *("-m", "nextscale", "train", "tokenizer", "--config", str(tmp_path / "two.yaml")),
-        ],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        _, errors = process.communicate(timeout=240)
-    finally:
-        process.terminate()  # and not kill: torchrun ends its workers
-    assert process.returncode == 0, errors
-    assert json.loads((tmp_path / "two" / "run.json").read_text())["processes"] == 2
+    repeat_with_two_processes("tokenizer", tmp_path / "one", tmp_path / "two")
     assert losses(tmp_path / "two")[:5] == pytest.approx(losses(tmp_path / "one")[:5], rel=1e-3)
     assert len(losses(tmp_path / "two")) == 6
     MultiscaleVQ.from_pretrained(tmp_path / "two" / "tokenizer")

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 
 from nextscale.data.images import to_float
@@ -142,29 +139,15 @@ def test_self_correction_trains_on_images_only(tmp_path: Path, tokenizer_folder:
     assert not (tmp_path / "b").exists()
 
 
-def test_two_processes_train_like_one(tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_two_processes_train_like_one(
+    tmp_path: Path,
+    tokenizer_folder: Path,
+    repeat_with_two_processes: Callable[[str, Path, Path], None],
+) -> None:
     # Adam divides by the gradient: without an epsilon it would blow rounding up where that is 0.
     changes = {"adam_epsilon": 1e-3, "max_train_steps": 3}
     train_transformer(settings(tmp_path / "one", tokenizer_folder, **changes), progress=False)
-    recipe = yaml.safe_load((tmp_path / "one" / "recipe.yaml").read_text())
-    recipe |= {"output_dir": str(tmp_path / "two"), "train_batch_size": 4}
-    (tmp_path / "two.yaml").write_text(yaml.safe_dump(recipe))
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
-            *("-m", "nextscale", "train", "var", "--config", str(tmp_path / "two.yaml")),
-        ],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        _, errors = process.communicate(timeout=240)
-    finally:
-        process.terminate()
-    assert process.returncode == 0, errors
-    assert json.loads((tmp_path / "two" / "run.json").read_text())["processes"] == 2
+    repeat_with_two_processes("var", tmp_path / "one", tmp_path / "two")
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     one, two = (losses(tmp_path / f, "grad_norm") for f in ("one", "two"))
     assert one == pytest.approx(two, rel=1e-3)
