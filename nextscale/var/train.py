@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,13 +13,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from nextscale import processes, storage
-from nextscale.data import captions as scenes_grammar
 from nextscale.data.config import DataConfig, open_dataset
-from nextscale.data.images import to_float
-from nextscale.data.sources import ImageSource
 from nextscale.errors import UserError, require
 from nextscale.streams import stream
 from nextscale.tokenizers import MultiscaleVQ
@@ -33,7 +28,15 @@ from nextscale.var.conditioning import (
     PretrainedTextConditioner,
     WordConditioner,
     WordEncoderConfig,
-    split_words,
+)
+from nextscale.var.examples import (
+    Batch,
+    Examples,
+    batch_tokens,
+    replace_some,
+    self_corrected,
+    vocabulary,
+    warn_of_lost_words,
 )
 from nextscale.var.lora import DEFAULT_TARGETS, add_lora, save_lora
 from nextscale.var.model_folder import read_generation, save_model
@@ -131,9 +134,6 @@ class TransformerTrainingConfig(TrainingConfig, DataConfig):
             raise UserError("lora_rank needs a base: pass --model NAME or FOLDER")
 
 
-Batch = dict[str, Tensor | None]  # images or tokens, inputs, ids
-
-
 def train_transformer(
     config: TransformerTrainingConfig, *, evaluate: Evaluate | None = None, progress: bool = True
 ) -> FitResult:
@@ -168,7 +168,7 @@ def train_transformer(
         )
     examples.conditioner = validation.conditioner = model.conditioner
     if base is not None and isinstance(model.conditioner, WordConditioner):
-        _warn_of_lost_words(model.conditioner, examples.source)
+        warn_of_lost_words(model.conditioner, examples.source)
     schedule = model.schedule
     scale_index = schedule.scale_index()
 
@@ -187,11 +187,11 @@ def train_transformer(
         modules: Mapping[str, nn.Module], batch: Batch, step: int
     ) -> Iterator[tuple[str, Tensor, Mapping[str, float | Tensor]]]:
         if config.self_correction:
-            tokens, inputs = _self_corrected(batch, tokenizer, config.self_correction)
+            tokens, inputs = self_corrected(batch, tokenizer, config.self_correction)
         else:
-            tokens, inputs = _tokens(batch, tokenizer), batch["inputs"]
+            tokens, inputs = batch_tokens(batch, tokenizer), batch["inputs"]
         if inputs is None or config.input_noise:
-            noisy = _replace_some(tokens, config.input_noise, tokenizer.config.codebook_size)
+            noisy = replace_some(tokens, config.input_noise, tokenizer.config.codebook_size)
             inputs = tokenizer.teacher_inputs(noisy)
         scales, newest = _progress_at(config, step, schedule.num_scales)
         length = schedule.slices[scales - 1].stop
@@ -247,79 +247,6 @@ def train_transformer(
     return result
 
 
-class _Examples:
-    """Images or token maps, and condition ids, by index."""
-
-    def __init__(
-        self, source: ImageSource | TokenMaps, tokenizer: MultiscaleVQ, cache_inputs: bool
-    ) -> None:
-        self.source = source
-        self.conditioner: Conditioner | None = None
-        self._inputs: Tensor | None = None
-        if cache_inputs and isinstance(source, TokenMaps):
-            parts = []
-            starts = range(0, len(source), 1024)
-            quiet = not (processes.is_main() and sys.stderr.isatty())
-            for start in tqdm(starts, desc="inputs", disable=quiet):
-                indices = np.arange(start, min(start + 1024, len(source)))
-                parts.append(tokenizer.teacher_inputs(source.load(indices)[0]).to(torch.bfloat16))
-            self._inputs = torch.cat(parts)
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def load(self, indices: np.ndarray, step: int = 0) -> Batch:
-        """On the CPU, by the loop's workers: images are tokenized later, on the device."""
-        batch: Batch = {"images": None, "tokens": None, "inputs": None}
-        if isinstance(self.source, TokenMaps):
-            batch["tokens"], labels, captions = self.source.load(indices)
-        else:
-            loaded = self.source.load(indices, step=step)
-            batch["images"], labels, captions = loaded.images, loaded.labels, loaded.captions
-        assert self.conditioner is not None
-        conditions = captions if self.conditioner.prompts else labels
-        if conditions is None:
-            kind = "captions" if self.conditioner.prompts else "class labels"
-            raise UserError(f"the model needs {kind}, the dataset has none")
-        if self._inputs is not None:
-            batch["inputs"] = self._inputs[torch.as_tensor(indices)]
-        batch["ids"] = self.conditioner.tokenize(list(conditions), strict=False)
-        return batch
-
-
-def _tokens(batch: Batch, tokenizer: MultiscaleVQ) -> Tensor:
-    """The batch's tokens on the tokenizer's device."""
-    device = tokenizer.quant_conv.weight.device
-    images, tokens = batch["images"], batch["tokens"]
-    if tokens is None:
-        assert images is not None
-        return tokenizer.encode(to_float(images.to(device)))
-    return tokens.to(device)
-
-
-@torch.no_grad()
-def _self_corrected(batch: Batch, tokenizer: MultiscaleVQ, share: float) -> tuple[Tensor, Tensor]:
-    """Targets [b, t] and inputs of a sampler that errs: scale k quantizes f - F, errors in F."""
-    images = batch["images"]
-    assert images is not None
-    quantizer, schedule = tokenizer.quantizer, tokenizer.schedule
-    f = tokenizer.latents(to_float(images.to(quantizer.codebook.weight.device))).float()
-    reconstruction = torch.zeros_like(f)
-    rate = share * torch.rand(len(f), 1, device=f.device)
-    targets, inputs = [], []
-    for k, side in enumerate(schedule.sides):
-        rest = f - reconstruction
-        if k < schedule.num_scales - 1:
-            rest = F.interpolate(rest, size=side, mode="area")
-        tokens = quantizer.nearest(rest.permute(0, 2, 3, 1).flatten(0, 2)).view(len(f), -1)
-        targets.append(tokens)
-        drawn = _replace_some(tokens, rate, quantizer.codebook_size)
-        codes = quantizer.code_map(drawn, k, schedule)
-        reconstruction, following = quantizer.step(reconstruction, codes, k, schedule)
-        inputs.append(following.flatten(2).transpose(1, 2))
-    return torch.cat(targets, dim=1), torch.cat(inputs[:-1], dim=1)
-
-
 def _load_models(
     config: TransformerTrainingConfig,
 ) -> tuple[MultiscaleVQ, NextScaleTransformer | None, SamplingConfig | None]:
@@ -338,22 +265,22 @@ def _load_models(
 
 def _open_examples(
     config: TransformerTrainingConfig, tokenizer: MultiscaleVQ, split: Any
-) -> _Examples:
+) -> Examples:
     if is_token_maps(config.dataset):
         maps = TokenMaps(config.dataset, split=split, num_images=config.num_images)
         maps.check_tokenizer(tokenizer)
-        return _Examples(maps, tokenizer, config.cache_inputs and split == "train")
+        return Examples(maps, tokenizer, config.cache_inputs and split == "train")
     expected = (config.resolution, config.resolution)
     if tokenizer.resolution != expected:
         raise UserError(
             f"resolution {config.resolution} does not fit the tokenizer, which is made for "
             f"{tokenizer.resolution[0]} x {tokenizer.resolution[1]} pixels"
         )
-    return _Examples(open_dataset(config, split, seed=config.seed), tokenizer, False)
+    return Examples(open_dataset(config, split, seed=config.seed), tokenizer, False)
 
 
 def _new_model(
-    config: TransformerTrainingConfig, tokenizer: MultiscaleVQ, examples: _Examples
+    config: TransformerTrainingConfig, tokenizer: MultiscaleVQ, examples: Examples
 ) -> NextScaleTransformer:
     source = examples.source
     shape = replace(
@@ -371,7 +298,7 @@ def _new_model(
     if captions and config.text_encoder is not None:
         conditioner = PretrainedTextConditioner(width=width, model=config.text_encoder)
     elif captions:
-        words = config.words.words or _vocabulary(config, source)
+        words = config.words.words or vocabulary(config.words, source)
         settings = replace(config.words, words=tuple(words))
         conditioner = WordConditioner(width=width, **vars(settings))
     else:
@@ -385,38 +312,8 @@ def _new_model(
     return model
 
 
-def _vocabulary(config: TransformerTrainingConfig, source: ImageSource | TokenMaps) -> list[str]:
-    """The words of the scenes grammar, or those of the first 100,000 training captions."""
-    if config.words.grammar == "scenes":
-        return list(scenes_grammar.VOCABULARY)
-    captions = source.captions(np.arange(min(len(source), 100_000)))
-    split = [split_words(caption) for caption in captions]
-    cut = sum(len(words) > config.words.max_words for words in split)
-    if cut:
-        logger.warning(
-            "%d of %d captions are longer than max_words %d and are cut",
-            cut, len(captions), config.words.max_words,
-        )  # fmt: skip
-    return sorted({word for words in split for word in words})
-
-
-def _warn_of_lost_words(conditioner: WordConditioner, source: ImageSource | TokenMaps) -> None:
-    captions = source.captions(np.arange(min(len(source), 10_000)))
-    lost = []
-    for caption in captions:
-        try:
-            conditioner.tokenize([caption])
-        except UserError:
-            lost.append(caption)
-    if lost:
-        logger.warning(
-            "%d of %d captions are too long or have words that the model does not know, which "
-            'are left out, such as "%s"', len(lost), len(captions), lost[0],
-        )  # fmt: skip
-
-
 def _fit_classes(
-    model: NextScaleTransformer, examples: _Examples, *, lora: bool
+    model: NextScaleTransformer, examples: Examples, *, lora: bool
 ) -> NextScaleTransformer:
     """Give a class-conditional base as many classes as the dataset has."""
     conditioner, classes = model.conditioner, examples.source.num_classes
@@ -469,14 +366,6 @@ def _optimizer(model: nn.Module, config: TransformerTrainingConfig) -> torch.opt
     return torch.optim.AdamW(groups, fused=True, **settings)
 
 
-def _replace_some(tokens: Tensor, share: float | Tensor, codebook_size: int) -> Tensor:
-    """Each token becomes a random code with probability `share` (one, or [b, 1])."""
-    if isinstance(share, float) and not share:
-        return tokens
-    random = torch.randint_like(tokens, codebook_size)
-    return torch.where(torch.rand(tokens.shape, device=tokens.device) < share, random, tokens)
-
-
 def _progress_at(
     config: TransformerTrainingConfig, step: int, num_scales: int
 ) -> tuple[int, float]:
@@ -502,7 +391,7 @@ def _progress_at(
 def _measure(
     model: NextScaleTransformer,
     tokenizer: MultiscaleVQ,
-    validation: _Examples,
+    validation: Examples,
     config: TransformerTrainingConfig,
 ) -> dict[str, float]:
     """Loss (nats per token), accuracy and per-scale loss on the validation split."""
@@ -511,7 +400,7 @@ def _measure(
     for start in range(0, count, config.train_batch_size):
         indices = np.arange(start, min(start + config.train_batch_size, count))
         batch = validation.load(indices)
-        tokens = _tokens(batch, tokenizer)
+        tokens = batch_tokens(batch, tokenizer)
         logits = model(tokenizer.teacher_inputs(tokens), ids=batch["ids"])
         entropies.append(F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none"))
         hits.append((logits.argmax(-1) == tokens).float())
@@ -530,7 +419,7 @@ def _measure(
 def _save_samples(
     model: NextScaleTransformer,
     tokenizer: MultiscaleVQ,
-    validation: _Examples,
+    validation: Examples,
     config: TransformerTrainingConfig,
     step: int,
 ) -> None:

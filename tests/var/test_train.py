@@ -22,11 +22,11 @@ from nextscale.tokenizers.token_maps import write_token_maps
 from nextscale.tokenizers.train import initialize
 from nextscale.var import NextScaleTransformer, SamplingConfig, TransformerConfig
 from nextscale.var.conditioning import ClassConditioner, WordConditioner, WordEncoderConfig
+from nextscale.var.examples import self_corrected
 from nextscale.var.lora import base_fingerprint
 from nextscale.var.train import (
     TransformerTrainingConfig,
     _progress_at,
-    _self_corrected,
     train_transformer,
 )
 
@@ -108,12 +108,12 @@ def test_self_correction_aims_at_what_remains(tokenizer_folder: Path) -> None:
     f = tokenizer.latents(to_float(batch.images))
     tokens = tokenizer.encode(to_float(batch.images))
 
-    targets, inputs = _self_corrected(images, tokenizer, 0.0)
+    targets, inputs = self_corrected(images, tokenizer, 0.0)
     assert torch.equal(targets, tokens)  # no errors: nothing to mend
     torch.testing.assert_close(inputs, tokenizer.teacher_inputs(tokens))
 
     torch.manual_seed(0)
-    targets, inputs = _self_corrected(images, tokenizer, 0.9)
+    targets, inputs = self_corrected(images, tokenizer, 0.9)
     assert torch.equal(targets[:, 0], tokens[:, 0])
     # The inputs of the last scale are what is drawn so far; the targets come closer to f.
     where, grid = tokenizer.schedule.slices[-1], tokenizer.schedule.grid
