@@ -7,16 +7,14 @@ out of the same batch, bit for bit.
 
 from __future__ import annotations
 
-import json
 import time
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nextscale import __version__, processes, storage
 from nextscale.cli.console import Interrupted, Output
-from nextscale.cli.job import RECIPE, Job, read_metadata, record, resolve_job
+from nextscale.cli.job import RECIPE, Job, metadata, read_metadata, record, resolve_job
 from nextscale.cli.ranks import on_main, pick_device, process_group
 from nextscale.cli.recipes import to_yaml
 
@@ -114,7 +112,7 @@ def _draw(job: Job, pipe: NextScalePipeline, output: Output, todo: set[int]) -> 
             for row, index in enumerate(rows):
                 if index not in todo:
                     continue
-                text = _text({**_about(job, index, pipe), **facts})
+                text = metadata({**_about(job, index, pipe), **facts})
                 if result.scales is not None:
                     strip = filmstrip([s[row] for s in result.scales], pipe.scales)
                     save_png(strip, job.path(index, "_scales"), text)
@@ -135,11 +133,6 @@ def _about(job: Job, index: int, pipe: NextScalePipeline) -> dict[str, Any]:
     return {"class_label": label, "seed": job.seed + index}
 
 
-def _text(facts: dict[str, Any]) -> dict[str, str]:
-    """The PNG text chunk."""
-    return {"nextscale": json.dumps(facts, ensure_ascii=False)}
-
-
 def _facts(job: Job) -> dict[str, Any]:
     """What every PNG of the run says about itself."""
     config = job.config
@@ -149,7 +142,6 @@ def _facts(job: Job) -> dict[str, Any]:
         **{k: v for k, v in job.settings.items() if v is not None},
         **({} if config.negative_prompt is None else {"negative_prompt": config.negative_prompt}),
         **{"dtype": config.dtype, "batch_size": config.batch_size},
-        "versions": {"nextscale": __version__, "torch": version("torch")},
     }
 
 
@@ -162,7 +154,7 @@ def _finish(job: Job, output: Output) -> dict[str, Any]:
     if job.count <= MAX_GRID:
         extras["grid"] = str(folder / "grid.png")
         captions = [job.condition(i) for i in range(job.count)]
-        text = _text({"seed": job.seed, "num_images": job.config.num_images, **_facts(job)})
+        text = metadata({"seed": job.seed, "num_images": job.config.num_images, **_facts(job)})
         write_grid(folder / "grid.png", paths, captions, job.config.num_images, text)
     if job.config.npz:
         extras["npz"] = str(folder / "samples.npz")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from nextscale import __version__, storage
+from nextscale import storage
 from nextscale.cli.console import Output, check_folder
 from nextscale.cli.flags import parse
+from nextscale.cli.job import RECIPE, metadata
 from nextscale.cli.loading import ModelFiles, check_conditions, read_model
 from nextscale.cli.model_flags import ModelFlags, SamplingFlags
 from nextscale.cli.recipes import to_yaml
@@ -102,6 +101,10 @@ def _edit(command: str, config: EditConfig, output: Output) -> None:
         **condition,
         **config.sampling(),
     )
+    with storage.os_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    repeated = {**asdict(config), "seed": result.seeds[0]}
+    storage.write_bytes(folder / RECIPE, to_yaml(command, repeated).encode())
     paths = []
     for index, (picture, seed) in enumerate(zip(result.images, result.seeds, strict=True)):
         facts = {
@@ -110,13 +113,10 @@ def _edit(command: str, config: EditConfig, output: Output) -> None:
             **condition,
             **asdict(pipe.settings(**config.sampling())),
             "dtype": config.dtype,
-            "versions": {"nextscale": __version__, "torch": version("torch")},
         }
         path = folder / f"{index:06d}.png"
-        with storage.os_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
         pixels = (picture.permute(1, 2, 0) * 255).round().byte().numpy()
-        save_png(pixels, path, {"nextscale": json.dumps(facts, ensure_ascii=False)})
+        save_png(pixels, path, metadata(facts))
         paths.append(str(path))
     save_grid(torch.cat([images, result.images]), folder / "grid.png", columns=len(images))
     summary = {"images": paths, "grid": str(folder / "grid.png"), "seeds": result.seeds}

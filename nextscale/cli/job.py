@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nextscale import storage
+from nextscale import __version__, storage
 from nextscale.cli.conditions import read_conditions
 from nextscale.cli.console import check_folder
 from nextscale.cli.loading import check_conditions, read_model
@@ -149,6 +150,12 @@ def record(job: Job) -> dict[str, Any]:
     content = yaml.safe_load(to_yaml("generate", values))
     content.pop("command")
     return content
+
+
+def metadata(facts: dict[str, Any]) -> dict[str, str]:
+    """A PNG's text chunk: these facts and the versions."""
+    versions = {"nextscale": __version__, "torch": version("torch")}
+    return {"nextscale": json.dumps({**facts, "versions": versions}, ensure_ascii=False)}
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

@@ -154,6 +154,10 @@ def test_edit(run, models, tmp_path, mode):
         assert image.size == (32, 32)
         assert json.loads(image.text["nextscale"])["command"] == f"edit {mode}"
     assert (tmp_path / "out/grid.png").exists()
+    again = ["--config", tmp_path / "out/recipe.yaml", "--output_dir", tmp_path / "again"]
+    assert run("edit", mode, *again).code == 0
+    first, second = (tmp_path / name / "000000.png" for name in ("out", "again"))
+    assert first.read_bytes() == second.read_bytes()
 
 
 def test_edit_refuses(run, models, tmp_path):
