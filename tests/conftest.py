@@ -7,11 +7,12 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 import yaml
@@ -106,6 +107,14 @@ def _fill(module: nn.Module, seed: int) -> None:
         nn.init.normal_(parameter, std=1 / math.sqrt(fan_in), generator=generator)
         if "norm" in name and name.endswith("weight"):
             nn.init.ones_(parameter)
+
+
+@pytest.fixture
+def without_shape_checks() -> Iterator[None]:
+    """Where wrong shapes are the point, and for Dynamo, which cannot trace the checker."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import struct
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -20,6 +20,7 @@ from nextscale.data.images import decode, no_images, scan_folder
 from nextscale.errors import UserError
 
 
+@runtime_checkable
 class Reader(Protocol):
     """A finite list of pictures with random access.
 

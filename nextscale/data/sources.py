@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -54,6 +54,7 @@ class Batch:
     stand_in: np.ndarray | None = None
 
 
+@runtime_checkable
 class ImageSource(Protocol):
     """What every trainer and command reads pictures from.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -42,6 +42,7 @@ def filter_logits(
     return logits.masked_fill(logits < threshold, -torch.inf)
 
 
+@runtime_checkable
 class Draws(Protocol):
     """Where the randomness of a call comes from; tests inject their own."""
 

@@ -167,6 +167,7 @@ def test_psnr_is_in_decibels_per_image_with_a_peak_of_two() -> None:
         ((1, 3, 16, 16), r"latent grid \(8, 8\) does not match the last scale \(4, 4\)"),
     ],
 )
+@pytest.mark.usefixtures("without_shape_checks")
 def test_images_of_a_wrong_shape_are_refused_and_never_resized(
     tiny_tokenizer: MultiscaleVQ, shape: tuple[int, ...], message: str
 ) -> None:
@@ -174,6 +175,7 @@ def test_images_of_a_wrong_shape_are_refused_and_never_resized(
         tiny_tokenizer.encode(torch.zeros(shape))
 
 
+@pytest.mark.usefixtures("without_shape_checks")
 def test_raw_bytes_are_refused(tiny_tokenizer: MultiscaleVQ) -> None:
     with pytest.raises(UserError, match=r"floats in \[-1, 1\], got torch.uint8"):
         tiny_tokenizer.encode(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
