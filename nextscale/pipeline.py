@@ -19,7 +19,7 @@ from nextscale.streams import SEED_LIMIT, random_seed, stream
 from nextscale.tokenizers import MultiscaleVQ
 from nextscale.var import NextScaleTransformer, SamplingConfig, ScaleStep, sample
 from nextscale.var.editing import box_mask, keep_tokens
-from nextscale.var.model_folder import FORMAT_VERSION, read_generation, save_model
+from nextscale.var.model_folder import read_generation, save_model
 from nextscale.var.sampling import Forcing
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class NextScalePipeline:
         folder = storage.resolve_model(
             str(pretrained_model_name_or_path), revision=revision, local_files_only=local_files_only
         )
-        storage.read_config(folder / "model_index.json", FORMAT_VERSION, "NextScalePipeline")
+        storage.check_model(folder)
         pipe = cls(
             MultiscaleVQ.from_pretrained(folder / "tokenizer"),
             NextScaleTransformer.from_pretrained(folder),

@@ -34,6 +34,8 @@ T = TypeVar("T")
 
 ASSETS = Path(__file__).parent / "assets"
 """Where the bundled models lie, one folder each."""
+MODEL_INDEX = "model_index.json"
+"""The file by which a folder is a whole model."""
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -397,7 +399,7 @@ def file_sha256(path: StrPath) -> str:
 
 def bundled_names() -> list[str]:
     """List the models that ship inside the package, sorted by name."""
-    return sorted(index.parent.name for index in ASSETS.glob("*/model_index.json"))
+    return sorted(index.parent.name for index in ASSETS.glob(f"*/{MODEL_INDEX}"))
 
 
 def resolve_model(
@@ -440,6 +442,21 @@ def resolve_model(
         f"{text!r} {kind}.{hint} Use a bundled name ({listed}), an existing folder, or a hub id "
         "like owner/name."
     )
+
+
+def check_model(folder: Path) -> Path:
+    """The same folder, if it holds a whole model.
+
+    Raises:
+        UserError: If it is none, or of another version; says what the folder is instead.
+    """
+    if not (folder / MODEL_INDEX).exists():
+        if (folder / "adapter_config.json").exists():
+            raise UserError(f"{folder} is a LoRA: pass its base as the model and this as --lora.")
+        if (folder / "model" / MODEL_INDEX).exists():
+            raise UserError(f"{folder} is a training run; its model is {folder / 'model'}.")
+    read_config(folder / MODEL_INDEX, 1, "NextScalePipeline")
+    return folder
 
 
 # ---- parts -----------------------------------------------------------------------------------

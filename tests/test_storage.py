@@ -395,6 +395,21 @@ def test_a_hub_model_is_downloaded_at_its_revision(
     assert not any("bin" in pattern for pattern in asked["allow_patterns"])  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize(
+    ("inside", "message"),
+    [
+        ("adapter_config.json", "is a LoRA: pass its base"),
+        ("model/model_index.json", r"is a training run; its model is .*model"),
+        ("notes.txt", r"model_index\.json"),
+    ],
+)
+def test_a_folder_that_is_no_model_is_named(tmp_path: Path, inside: str, message: str) -> None:
+    (tmp_path / inside).parent.mkdir(exist_ok=True)
+    (tmp_path / inside).write_text("{}")
+    with pytest.raises(UserError, match=message):
+        storage.check_model(tmp_path)
+
+
 def test_a_revision_of_a_local_model_is_refused(assets: Path) -> None:
     with pytest.raises(UserError, match="revision"):
         storage.resolve_model("scenes", revision="main")

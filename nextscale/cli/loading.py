@@ -49,8 +49,9 @@ def read_model(
     Raises:
         UserError: If there is no such model or a file is damaged.
     """
-    folder = storage.resolve_model(name, revision=revision, local_files_only=local_files_only)
-    storage.read_config(folder / "model_index.json", 1, "NextScalePipeline")
+    folder = storage.check_model(
+        storage.resolve_model(name, revision=revision, local_files_only=local_files_only)
+    )
     generation: dict[str, Any] = {}
     if (folder / "generation_config.json").exists():
         generation = storage.read_config(folder / "generation_config.json", 1, "SamplingConfig")

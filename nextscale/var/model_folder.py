@@ -37,7 +37,7 @@ def save_model(
         UserError: If the folder holds something else.
     """
     folder = Path(folder)
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "model_index.json").exists():
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / storage.MODEL_INDEX).exists():
         raise UserError(
             f"{folder} holds files that are no model, and saving replaces the folder; choose an "
             "empty one"
@@ -47,7 +47,7 @@ def save_model(
         tokenizer.save_pretrained(target / "tokenizer", dtype=dtype)
         transformer.save_pretrained(target, dtype=dtype)
         for name, kind, values in (
-            ("model_index.json", "NextScalePipeline", parts),
+            (storage.MODEL_INDEX, "NextScalePipeline", parts),
             ("generation_config.json", "SamplingConfig", asdict(generation)),
         ):
             content = {"format_version": FORMAT_VERSION, "class": kind, **values}
