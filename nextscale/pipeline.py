@@ -73,6 +73,15 @@ class NextScalePipeline:
         self.generation = generation or SamplingConfig()
         self._lora: Any = None
 
+    def __repr__(self) -> str:
+        millions = sum(p.numel() for p in self.transformer.parameters()) / 1e6
+        height, width = self.tokenizer.resolution
+        takes = "prompts" if self.transformer.conditioner.prompts else "class labels"
+        return (
+            f"NextScalePipeline({width}x{height} pixels from {takes}, {len(self.scales)} scales, "
+            f"{millions:.1f} M parameters, {self.dtype} on {self.device})"
+        )
+
     # ---- loading and saving ------------------------------------------------------------------
 
     @classmethod

@@ -143,6 +143,10 @@ def test_negative_prompt_replaces_the_null_condition(
     assert torch.equal(itself, unguided)
 
 
+def test_a_pipeline_says_what_it_is(pipe: NextScalePipeline) -> None:
+    assert repr(pipe).startswith("NextScalePipeline(8x8 pixels from class labels, 4 scales, ")
+
+
 def test_edit_keeps_the_outside_of_the_box(pipe: NextScalePipeline) -> None:
     images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     kept = pipe.edit(images, box=(0.0, 0.0, 0.5, 0.5), seed=1)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import logging
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar, get_type_hints
 
@@ -70,7 +71,16 @@ def parse(
         raise
     except ValueError as error:
         raise UserError(str(error)) from error
+    _show_log(parsed.output)
     return parsed.settings, parsed.output
+
+
+def _show_log(output: Output) -> None:
+    """The package's own messages go to stderr."""
+    logger, handler = logging.getLogger("nextscale"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("nextscale: %(message)s"))
+    logger.handlers = [handler]  # anew: stderr may be another one now
+    logger.setLevel(logging.ERROR if output.quiet else logging.INFO)
 
 
 def _one_line(box: str, command: str) -> str:

@@ -257,7 +257,12 @@ def _log(run: Session, images_per_second: float, bar: tqdm) -> None:
         "seconds": run.seconds,
     }
     run.metrics |= values
-    bar.set_postfix({k: f"{v:.4g}" for k, v in means.items() if k.startswith("loss")})
+    losses = {k: f"{v:.4g}" for k, v in means.items() if k.startswith("loss")}
+    bar.set_postfix(losses)
+    if bar.disable and accelerator.is_main_process:  # a log file instead of a terminal
+        shown = ", ".join(f"{k} {v}" for k, v in losses.items())
+        speed = f"{images_per_second:.3g} images/s"
+        logger.info("step %d of %d: %s, %s", run.step, config.max_train_steps, shown, speed)
     _write(run, values)
 
 

@@ -204,6 +204,7 @@ def test_train_tokenizer_and_var_from_flags(run, models, tmp_path):
     assert result.code == 0, result.err
     assert result.json["steps"] == 2
     assert "val/psnr" in result.json["metrics"]
+    assert "step 2 of 2: loss" in result.err  # no terminal: lines instead of a bar
     var = run(
         *(
             "train",
