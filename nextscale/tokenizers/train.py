@@ -74,9 +74,9 @@ class TokenizerTrainingConfig(TrainingConfig, DataConfig):
     """Replace unused codes every so many steps; 0 = never."""
     revival_threshold: float = 0.05
     """A code is unused if at every scale its usage is below this share of uniform usage."""
-    revival_end: float = 0.9
+    revival_end: float = 0.85
     """Stop revival after this share of the run."""
-    refit_share: float = 0.0
+    refit_share: float = 0.45
     """When revival ends, a scale that uses less than this share of the codebook gets so many codes
     from k-means; 0 = off. Best when the learning rate is small by then."""
     codebook_update: Literal["gradient", "ema"] = "gradient"
