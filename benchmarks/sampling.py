@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from nextscale.processes import keep_freed_memory
 from nextscale.tokenizers import MultiscaleVQ, TokenizerConfig
 from nextscale.tokenizers.train import initialize as initialize_tokenizer
 from nextscale.var import (
@@ -123,6 +124,7 @@ def measure(
     """One row, in a process of its own so that the peak memory is its own."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(threads)
+    keep_freed_memory()  # as the command line does
     settings = SamplingConfig(guidance_scale=5.0, top_k=900, top_p=0.95)
     model, tokenizer = build(depth, getattr(torch, dtype), device)
     if compiled:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from sampling import Recorder, _cpu_name, seconds
 
+from nextscale.processes import keep_freed_memory
 from nextscale.storage import resolve_model
 from nextscale.tokenizers import MultiscaleVQ, TokenizerConfig
 from nextscale.tokenizers.train import initialize
@@ -26,6 +27,7 @@ def main() -> None:
     parser.add_argument("--output", default="benchmarks/results/tokenizer.json")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    keep_freed_memory()  # as the command line does
     released = MultiscaleVQ(TokenizerConfig())
     initialize(released)
     bundled = MultiscaleVQ.from_pretrained(resolve_model("scenes") / "tokenizer")

@@ -3,8 +3,8 @@
     python benchmarks/training.py
 
 Random tokens, the sizes of the recipe `scenes-var`, forward, backward and AdamW in bf16 autocast;
-eager and compiled, with glibc's own settings and with freed memory kept (every large tensor is
-otherwise mapped and faulted in anew). Each row is a process of its own.
+eager and compiled, with glibc's own settings and with freed memory kept as the command line does
+(every large tensor is otherwise mapped and faulted in anew). Each row is a process of its own.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from sampling import _cpu_name
 
 from nextscale.cli.recipes import read_recipe
 from nextscale.data import captions as scenes_grammar
+from nextscale.processes import keep_freed_memory
 from nextscale.tokenizers import TokenizerConfig
 from nextscale.var import NextScaleTransformer, TransformerConfig, WordConditioner
 from nextscale.var.transformer import initialize
 
-KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
 PROMPT = "a red circle left of a blue square"
 
 
@@ -75,10 +75,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--row", choices=("eager", "compiled"), help="internal: one process")
+    parser.add_argument("--keep", action="store_true", help="internal")
     parser.add_argument("--output", default="benchmarks/results/training.json")
     options = parser.parse_args()
     if options.row:
         torch.set_num_threads(options.threads[0])
+        if options.keep:
+            keep_freed_memory()
         print(measure(options.row == "compiled", options.batch, options.steps))
         return
     result: dict[str, Any] = {
@@ -92,8 +95,8 @@ def main() -> None:
             for kept in (False, True):
                 command = [sys.executable, __file__, "--row", mode, "--threads", str(threads)]
                 command += ["--batch", str(options.batch), "--steps", str(options.steps)]
+                command += ["--keep"] if kept else []
                 environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-                environment |= KEEP_MEMORY if kept else {}
                 done = subprocess.run(
                     command, env=environment, check=True, capture_output=True, text=True
                 )

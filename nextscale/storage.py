@@ -256,7 +256,9 @@ def build(cls: type[T], values: Mapping[str, Any], path: StrPath) -> T:
     """
     try:
         return cls(**values)
-    except TypeError as error:
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
         reason = str(error).split(") ", 1)[-1].removeprefix(f"{cls.__name__}.__init__() ")
         raise UserError(
             f"{path} does not fit this version of nextscale: {reason}. Download or convert the "

@@ -9,6 +9,7 @@ import difflib
 import sys
 from importlib import import_module
 
+from nextscale import processes
 from nextscale.cli.console import failure
 
 # Words of the command -> (module under nextscale.cli, one line for --help). A module has
@@ -62,6 +63,7 @@ def _dispatch(arguments: list[str]) -> int:
         command = " ".join(arguments[:length])
         if command in COMMANDS:
             module = import_module(f"nextscale.cli.{COMMANDS[command][0]}")
+            processes.keep_freed_memory()
             return module.run(command, arguments[length:])
     return _unknown(arguments)
 

@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from nextscale import __version__, processes, storage
 from nextscale.cli.console import Interrupted, Output
-from nextscale.cli.job import RECIPE, Job, metadata, read_metadata, record, resolve_job
+from nextscale.cli.job import (
+    RECIPE,
+    Job,
+    metadata,
+    read_metadata,
+    record,
+    remove_pictures,
+    resolve_job,
+)
 from nextscale.cli.ranks import on_main, pick_device, process_group
 from nextscale.cli.recipes import to_yaml
 
@@ -31,7 +39,7 @@ def generate(config: GenerateConfig, output: Output) -> dict[str, Any]:
     with process_group():
         job = on_main(partial(resolve_job, config))
         # Asked once: another process may be drawing while this one looks.
-        todo = on_main(job.missing)
+        todo = on_main(lambda: list(range(job.count)) if config.overwrite else job.missing())
         try:
             if todo:
                 pipe = _load(job)
@@ -74,6 +82,8 @@ def _start(job: Job, pipe: NextScalePipeline) -> None:
     folder = Path(job.config.output_dir)
     with storage.os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    if job.config.overwrite:
+        remove_pictures(folder)
     for leftover in folder.glob(".tmp-*"):  # of a killed run
         leftover.unlink()
     comment = f"nextscale {__version__}; weights {job.weights}"

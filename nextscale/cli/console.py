@@ -78,7 +78,7 @@ def failure(error: BaseException, *, debug: bool) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     if isinstance(error, KeyboardInterrupt):
-        print(f"nextscale: {error or 'interrupted'}", file=sys.stderr)
+        print(f"nextscale: {str(error) or 'interrupted'}", file=sys.stderr)
         return 1
     if isinstance(error, Failed):
         return error.exit_code
@@ -129,8 +129,12 @@ def check_folder(
     """
     folder = Path(folder)
     place = folder.absolute()
-    while not place.exists():
-        place = place.parent
+    try:
+        while not place.exists():
+            place = place.parent
+    except PermissionError as error:
+        where = error.filename or place
+        raise UserError(f"output_dir {folder}: no permission to look at {where}.") from error
     if not place.is_dir():
         raise UserError(f"output_dir {folder}: {place} is a file. Choose another folder.")
     if not os.access(place, os.W_OK | os.X_OK):

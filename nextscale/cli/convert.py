@@ -29,6 +29,10 @@ EXAMPLE = (
 )
 
 
+_ENDS = (".pth", ".safetensors")
+OWN_FILES = {name + end for name in ("transformer", "tokenizer") for end in _ENDS}
+
+
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
     """Flags of `nextscale convert`."""
@@ -53,7 +57,7 @@ class ConvertConfig:
     pth: bool = False
     """Write .pth files, as the released code reads them, in place of safetensors."""
     overwrite: bool = False
-    """Replace what is in output_dir."""
+    """Replace the model or the converted files in output_dir."""
 
     def __post_init__(self) -> None:
         if (self.source is None) == (self.to is None):
@@ -71,8 +75,13 @@ def run(command: str, arguments: list[str]) -> int:
         values = {"from" if k == "source" else k: v for k, v in asdict(config).items()}
         print(to_yaml(command, values), end="")
         return 0
-    hint = "Choose another folder, or --overwrite."
-    folder = check_folder(config.output_dir, empty=not config.overwrite, hint=hint)
+    folder = Path(config.output_dir)
+    present = {f.name for f in folder.iterdir()} if folder.is_dir() else set()
+    ours = storage.MODEL_INDEX in present or present <= OWN_FILES
+    hint = "Choose another folder" + (", or --overwrite." if ours else ".")
+    check_folder(folder, empty=not (config.overwrite and ours), hint=hint)
+    if output.bar():
+        output.note("reading and converting the files")
     if config.source:
         _from_official(config, folder, output)
     else:
@@ -124,10 +133,11 @@ def _to_official(config: ConvertConfig, folder: Path, output: Output) -> None:
     }
     written = {}
     scales = str(pipe.transformer.schedule)
-    for name, state in states.items():
-        path = folder / f"{name}{'.pth' if config.pth else '.safetensors'}"
-        _write(path, state)
-        written[name] = str(path)
+    with storage.replace_folder(folder) as target:
+        for name, state in states.items():
+            file = f"{name}{'.pth' if config.pth else '.safetensors'}"
+            _write(target / file, state)
+            written[name] = str(folder / file)
     output.figures(
         written,
         "\n".join(f"{k}: {v}" for k, v in written.items())
@@ -139,7 +149,10 @@ def _write(path: Path, state: dict[str, Tensor]) -> None:
     if path.suffix == ".safetensors":
         storage.write_tensors(path, state)
         return
+    import io
+
     import torch
 
-    with storage.atomic(path) as temporary:
-        torch.save({name: tensor.clone() for name, tensor in state.items()}, temporary)
+    buffer = io.BytesIO()  # torch.save itself does not say that a disk is full
+    torch.save({name: tensor.clone() for name, tensor in state.items()}, buffer)
+    storage.write_bytes(path, buffer.getvalue())

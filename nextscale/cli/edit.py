@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from nextscale import storage
 from nextscale.cli.console import Output, check_folder
 from nextscale.cli.flags import parse
-from nextscale.cli.job import RECIPE, metadata
+from nextscale.cli.job import RECIPE, metadata, remove_pictures
 from nextscale.cli.loading import ModelFiles, check_conditions, read_model
 from nextscale.cli.model_flags import ModelFlags, SamplingFlags
 from nextscale.cli.recipes import to_yaml
@@ -77,10 +77,11 @@ def _edit(command: str, config: EditConfig, output: Output) -> None:
     condition = _condition(config, files)
 
     import torch
+    from tqdm import tqdm
 
     from nextscale.cli.ranks import pick_device
     from nextscale.data.images import decode, save_png
-    from nextscale.pipeline import NextScalePipeline
+    from nextscale.pipeline import NextScalePipeline, image_seeds
     from nextscale.training.grid import save_grid
 
     originals = [decode(name) for name in config.image]
@@ -92,21 +93,23 @@ def _edit(command: str, config: EditConfig, output: Output) -> None:
         local_files_only=config.local_files_only,
     )
     images = torch.stack([_fit(image, pipe.tokenizer.resolution) for image in originals])
-    result = pipe.edit(
-        images,
-        box=config.box,
-        mode="outpaint" if command == "edit outpaint" else "inpaint",
-        seed=None if config.seed == -1 else config.seed,
-        output_type="pt",
-        **condition,
-        **config.sampling(),
-    )
+    seeds = image_seeds(None if config.seed == -1 else config.seed, None, len(images))
+    edited, paths = [], []
+    for index, seed in enumerate(tqdm(seeds, desc="images", disable=not output.bar())):
+        edited += pipe.edit(
+            images[index : index + 1],
+            box=config.box,
+            mode="outpaint" if command == "edit outpaint" else "inpaint",
+            seed=seed,
+            output_type="pt",
+            **condition,
+            **config.sampling(),
+        ).images
     with storage.os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    repeated = {**asdict(config), "seed": result.seeds[0]}
-    storage.write_bytes(folder / RECIPE, to_yaml(command, repeated).encode())
-    paths = []
-    for index, (picture, seed) in enumerate(zip(result.images, result.seeds, strict=True)):
+    if config.overwrite:
+        remove_pictures(folder)
+    for index, (picture, seed) in enumerate(zip(edited, seeds, strict=True)):
         facts = {
             **{"command": command, "model": config.model, "weights": files.weights()},
             **{"image": config.image[index], "box": config.box, "seed": seed},
@@ -118,12 +121,13 @@ def _edit(command: str, config: EditConfig, output: Output) -> None:
         pixels = (picture.permute(1, 2, 0) * 255).round().byte().numpy()
         save_png(pixels, path, metadata(facts))
         paths.append(str(path))
-    save_grid(torch.cat([images, result.images]), folder / "grid.png", columns=len(images))
-    summary = {"images": paths, "grid": str(folder / "grid.png"), "seeds": result.seeds}
+    save_grid(torch.stack([*images, *edited]), folder / "grid.png", columns=len(images))
+    repeated = {**asdict(config), "seed": seeds[0]}
+    storage.write_bytes(folder / RECIPE, to_yaml(command, repeated).encode())
+    summary = {"images": paths, "grid": str(folder / "grid.png"), "seeds": seeds}
     output.figures(
         summary,
-        f"{len(paths)} edited in {folder} (seed {result.seeds[0]}); before and after: "
-        f"{summary['grid']}",
+        f"{len(paths)} edited in {folder} (seed {seeds[0]}); before and after: {summary['grid']}",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
@@ -80,6 +81,8 @@ class GenerateConfig(SamplingFlags, ModelFlags):
                 raise UserError(f"{name} must be 1 or more, got {getattr(self, name)}.")
         if self.seed is not None and not -1 <= self.seed < 2**32:
             raise UserError(f"seed must be -1 (random) or in [0, 2^32), got {self.seed}.")
+        if not math.isfinite(self.lora_scale):
+            raise UserError(f"lora_scale must be finite, got {self.lora_scale}.")
         if self.resume and self.overwrite:
             raise UserError("--resume keeps finished pictures, --overwrite deletes them: pass one.")
 

@@ -93,7 +93,9 @@ def resolve_job(config: GenerateConfig) -> Job:
     if seed is None and config.resume:
         seed = before.get("seed")
     seed = image_seeds(seed, None, count)[0]
-    settings = asdict(SamplingConfig(**{**model.generation, **config.sampling()}))
+    generation = model.folder / "generation_config.json"
+    defaults = asdict(storage.build(SamplingConfig, model.generation, generation))
+    settings = asdict(SamplingConfig(**{**defaults, **config.sampling()}))
     import torch
 
     dtype = str(resolve_dtype(config.dtype, torch.device(pick_device(config.device))))
@@ -107,13 +109,7 @@ def resolve_job(config: GenerateConfig) -> Job:
     if config.lora is not None:
         weights += ":" + storage.file_sha256(Path(config.lora) / "adapter_model.safetensors")
     job = Job(replace(config, **resolved), conditions, settings, weights, model.takes_prompts)
-    if config.overwrite:
-        for pattern in ("[0-9]" * 6 + ".png", "[0-9]" * 6 + "_scales.png"):
-            for path in folder.glob(pattern):
-                path.unlink()
-        for name in ("grid.png", "samples.npz", RECIPE):
-            (folder / name).unlink(missing_ok=True)
-    elif config.resume and before:
+    if config.resume and before:
         _check_same(job, before)
     elif config.resume and any(job.path(i).exists() for i in range(job.count)):
         raise UserError(
@@ -140,6 +136,15 @@ def _check_same(job: Job, before: dict[str, Any]) -> None:
             f"--resume: {done} was made by other weights of {job.config.model}. Choose another "
             "folder, or --overwrite."
         )
+
+
+def remove_pictures(folder: Path) -> None:
+    """What an earlier run left in a folder that --overwrite replaces."""
+    for pattern in ("[0-9]" * 6 + ".png", "[0-9]" * 6 + "_scales.png"):
+        for path in folder.glob(pattern):
+            path.unlink()
+    for name in ("grid.png", "samples.npz", RECIPE):
+        (folder / name).unlink(missing_ok=True)
 
 
 def record(job: Job) -> dict[str, Any]:

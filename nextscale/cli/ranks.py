@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from nextscale import processes
 from nextscale.cli.console import Failed
 from nextscale.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 
@@ -68,6 +71,18 @@ def pick_device(name: str | None) -> str:
         raise UserError(f'device "{name}" is unknown. Use cpu, cuda or cuda:0.') from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f'device "{name}" is not available: PyTorch finds no GPU. Use cpu.')
+    if device.type not in ("cpu", "cuda") and not _usable(device):
+        raise UserError(f'device "{name}" cannot be used here. Use cpu, cuda or cuda:0.')
     if device.type == "cuda" and device.index is None:
         return f"cuda:{processes.local_rank()}"
     return name
+
+
+def _usable(device: torch.device) -> bool:
+    """Whether an accelerator other than CUDA computes: Apple's mps, Intel's xpu."""
+    import torch
+
+    try:
+        return device.type != "meta" and bool(torch.ones(1, device=device).item())
+    except (RuntimeError, NotImplementedError, AssertionError, ImportError):
+        return False

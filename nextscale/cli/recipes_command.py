@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tyro
 
 from nextscale.cli.console import Output, table
 from nextscale.cli.flags import parse
-from nextscale.cli.recipes import description, find_recipe, recipe_command, recipe_names
+from nextscale.cli.recipes import description, find_recipe, recipe_command, recipe_names, to_yaml
 from nextscale.errors import UserError
 from nextscale.storage import write_bytes
 
@@ -48,6 +48,9 @@ def run(command: str, arguments: list[str]) -> int:
     else:
         about, example = "Copy a recipe to change it.", "nextscale recipes cp scenes-tokenizer ."
         copy, output = parse(command, Copy, arguments, about=about, example=example)
+        if output.print_config:
+            print(to_yaml(command, asdict(copy)), end="")
+            return 0
         _copy(copy, output)
     return 0
 

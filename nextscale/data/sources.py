@@ -115,7 +115,8 @@ def open_source(
     Args:
         dataset: See the table.
         resolution: Side of the pictures in pixels.
-        split: Part to read; "all" leaves nothing out.
+        split: Part to read; "all" leaves nothing out of a dataset that has no parts of its own, and
+            is the training part of one that has.
         image_column: Column of a table that holds the pictures.
         label_column: Column of labels; "label" if the dataset has one.
         caption_column: Column of captions; "text", then "caption", if the dataset has one.

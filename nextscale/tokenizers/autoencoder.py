@@ -31,9 +31,10 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[b, c_in, h, w] -> [b, c_out, h, w]."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return self.nin_shortcut(x) + h
+        h = self.conv1(_silu(self.norm1(x)))
+        h = self.conv2(self.dropout(_silu(self.norm2(h))))
+        h += self.nin_shortcut(x)
+        return h
 
 
 class AttentionBlock(nn.Module):
@@ -146,7 +147,7 @@ class Encoder(nn.Module):
                 h = level["downsample"](h)
         for block in self.mid.values():
             h = block(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(_silu(self.norm_out(h)))
 
 
 class Decoder(nn.Module):
@@ -192,7 +193,12 @@ class Decoder(nn.Module):
             h = _run_level(level, h)
             if "upsample" in level:
                 h = level["upsample"](h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(_silu(self.norm_out(h)))
+
+
+def _silu(x: Tensor) -> Tensor:
+    """In place where no gradient needs the input: large new tensors are slow on the CPU."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 def channels_last(module: nn.Module) -> nn.Module:

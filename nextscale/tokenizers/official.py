@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,19 @@ def read_official(
     }
 
 
+@contextmanager
+def shapes_of(kind: str) -> Iterator[None]:
+    """Around the reading of sizes from shapes: a tensor that is missing or of another rank."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (IndexError, KeyError, ValueError, ZeroDivisionError) as error:
+        raise UserError(
+            f"the file is no complete VAR {kind}: a tensor is missing or of another shape ({error})"
+        ) from error
+
+
 def read_tokenizer(
     source: str | Path | Mapping[str, Tensor], scales: Sequence[int] | None
 ) -> tuple[TokenizerConfig, dict[str, Tensor]]:
@@ -83,19 +97,20 @@ def read_tokenizer(
         return len({m[1] for key in official if (m := re.match(pattern, key))})
 
     levels = count(r"encoder\.down\.(\d+)\.")
-    channels = official["encoder.conv_in.weight"].shape[0]
-    config = TokenizerConfig(
-        scales=tuple(scales),
-        codebook_size=codebook.shape[0],
-        codebook_dim=codebook.shape[1],
-        channels=channels,
-        channel_multipliers=tuple(
-            official[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] // channels
-            for i in range(levels)
-        ),
-        num_res_blocks=count(r"encoder\.down\.0\.block\.(\d+)\."),
-        num_phi=count(r"quantize\.quant_resi\.qresi_ls\.(\d+)\."),
-    )
+    with shapes_of("tokenizer"):
+        channels = official["encoder.conv_in.weight"].shape[0]
+        config = TokenizerConfig(
+            scales=tuple(scales),
+            codebook_size=codebook.shape[0],
+            codebook_dim=codebook.shape[1],
+            channels=channels,
+            channel_multipliers=tuple(
+                official[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] // channels
+                for i in range(levels)
+            ),
+            num_res_blocks=count(r"encoder\.down\.0\.block\.(\d+)\."),
+            num_phi=count(r"quantize\.quant_resi\.qresi_ls\.(\d+)\."),
+        )
     state = {k: v.float() for k, v in official.items()}
     for ours, theirs in _RENAMES:
         state = {k.replace(theirs, ours, 1): v for k, v in state.items()}

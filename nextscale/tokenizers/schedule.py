@@ -33,7 +33,10 @@ class ScaleSchedule:
     sides: tuple[tuple[int, int], ...]
 
     def __init__(self, sides: Iterable[int | Sequence[int]]) -> None:
-        pairs = tuple((s, s) if isinstance(s, int) else (int(s[0]), int(s[1])) for s in sides)
+        try:
+            pairs = tuple((s, s) if isinstance(s, int) else (int(s[0]), int(s[1])) for s in sides)
+        except (TypeError, ValueError, IndexError) as error:
+            raise UserError(f"scales must be sides such as 1 2 3 4, got {sides}") from error
         if not pairs or any(min(pair) < 1 for pair in pairs):
             raise UserError(f"scales must be positive sides such as 1 2 3 4, got {list(pairs)}")
         object.__setattr__(self, "sides", pairs)

@@ -209,7 +209,11 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[b, t, d] -> [b, t, d]."""
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        hidden = self.fc1(x)
+        if torch.is_grad_enabled():
+            return self.fc2(F.gelu(hidden, approximate="tanh"))
+        # In place, which F.gelu does not offer: large new tensors are slow on the CPU.
+        return self.fc2(torch.ops.aten.gelu_(hidden, approximate="tanh"))
 
 
 class Block(nn.Module):

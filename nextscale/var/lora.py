@@ -98,6 +98,10 @@ def load_lora(model: NextScaleTransformer, folder: str | Path, scale: float = 1.
             "a LoRA is put on a base in float32 or bfloat16; load the model with one of these, and "
             "cast it afterwards"
         )
+    keys = ("rank", "alpha", "target_modules", "base_fingerprint")
+    missing = ", ".join(key for key in keys if key not in config)
+    if missing:
+        raise UserError(f"the LoRA {folder} is damaged: adapter_config.json lacks {missing}")
     if config["base_fingerprint"] != base_fingerprint(model):
         raise UserError(
             f"the LoRA {folder} was trained on other weights than this model's; load the model "

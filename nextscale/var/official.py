@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nextscale.errors import UserError
-from nextscale.tokenizers.official import read_official
+from nextscale.tokenizers.official import read_official, shapes_of
 from nextscale.tokenizers.schedule import OFFICIAL_SCALES
 from nextscale.var.conditioning import ClassConditioner
 from nextscale.var.transformer import NextScaleTransformer, TransformerConfig
@@ -55,7 +55,8 @@ def read_transformer(
     for key in ("pos_start", "word_embed.weight", "class_emb.weight", "head.weight", first):
         if key not in official:
             raise UserError(f'the file is no complete VAR transformer: "{key}" is missing')
-    tokens, width = official["pos_1LC"].shape[1:]
+    with shapes_of("transformer"):
+        tokens, width = official["pos_1LC"].shape[1:]
     if scales is None and tokens not in OFFICIAL_SCALES:
         raise UserError(
             f"the transformer has {tokens} positions, which is none of the released schedules "
@@ -70,19 +71,23 @@ def read_transformer(
         )
     depth = 1 + max(int(m[1]) for k in official if (m := re.match(r"blocks\.(\d+)\.", k)))
     per_head = official.get("blocks.0.attn.scale_mul_1H11")
-    heads = per_head.shape[1] if per_head is not None else num_heads or depth
-    config = TransformerConfig(
-        scales=scales,
-        codebook_size=official["head.weight"].shape[0],
-        codebook_dim=official["word_embed.weight"].shape[1],
-        depth=depth,
-        width=width,
-        num_heads=heads,
-        mlp_ratio=official[first].shape[0] / width,
-        shared_modulation="shared_ada_lin.1.weight" in official,
-        normalize_attention=per_head is not None,
-    )
-    conditioner = ClassConditioner(width=width, num_classes=len(official["class_emb.weight"]) - 1)
+    with shapes_of("transformer"):
+        heads = per_head.shape[1] if per_head is not None else num_heads or depth
+        config = TransformerConfig(
+            scales=scales,
+            codebook_size=official["head.weight"].shape[0],
+            codebook_dim=official["word_embed.weight"].shape[1],
+            depth=depth,
+            width=width,
+            num_heads=heads,
+            mlp_ratio=official[first].shape[0] / width,
+            shared_modulation="shared_ada_lin.1.weight" in official,
+            normalize_attention=per_head is not None,
+        )
+        classes = len(official["class_emb.weight"]) - 1
+        if classes < 1:
+            raise UserError("the file has no class besides the null class")
+        conditioner = ClassConditioner(width=width, num_classes=classes)
     with torch.device("meta"):
         names = NextScaleTransformer(
             config, ClassConditioner(width=width, num_classes=conditioner.num_classes)

@@ -68,10 +68,10 @@ class SamplingConfig:
         if self.guidance_end is not None and self.guidance_end < 0:
             raise UserError(f"guidance_end must be a scale, 0 or more, got {self.guidance_end}")
         for value in _numbers(self.temperature):
-            if not value > 0:
+            if not 0 < value < float("inf"):
                 raise UserError(
-                    f"temperature must be positive, got {value}. Use top_k=1 for the most likely "
-                    "tokens"
+                    f"temperature must be positive and finite, got {value}. Use top_k=1 for the "
+                    "most likely tokens"
                 )
         for value in _numbers(self.guidance_scale):
             if not 0 <= value < float("inf"):

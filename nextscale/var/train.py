@@ -166,6 +166,7 @@ def train_transformer(
             dropout=config.lora_dropout,
             targets=config.lora_target_modules,
         )
+    _check_scales(config, model.schedule.num_scales)
     examples.conditioner = validation.conditioner = model.conditioner
     if base is not None and isinstance(model.conditioner, WordConditioner):
         warn_of_lost_words(model.conditioner, examples.source)
@@ -247,13 +248,22 @@ def train_transformer(
     return result
 
 
+def _check_scales(config: TransformerTrainingConfig, scales: int) -> None:
+    """Refuse what fits another number of scales before the first step, not at a validation."""
+    config.generation.guidance(scales)
+    config.generation.temperatures(scales)
+    if config.progressive_fraction:
+        first = config.progressive_start
+        require("progressive_start", first, first < scales - 1, f"be below {scales - 1}, the last")
+
+
 def _load_models(
     config: TransformerTrainingConfig,
 ) -> tuple[MultiscaleVQ, NextScaleTransformer | None, SamplingConfig | None]:
     """Frozen tokenizer, the base of a fine-tuning, and its generation settings."""
     base, generation = None, None
     if config.model is not None:
-        folder = storage.resolve_model(config.model)
+        folder = storage.check_model(storage.resolve_model(config.model))
         base = NextScaleTransformer.from_pretrained(folder)
         generation = read_generation(folder)
     else:

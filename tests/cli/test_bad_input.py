@@ -156,6 +156,9 @@ def test_prompt_outside_the_grammar_shows_it(generate, tmp_path, monkeypatch):
         ([], ["needs class_labels", "--class_labels 0 1"]),
         (["--class_labels", "0", "--top_p", "0"], ["top_p must be in (0, 1]", "1.0"]),
         (["--class_labels", "0", "--top_k", "-1"], ["top_k must be 0"]),
+        (["--class_labels", "0", "--temperature", "inf"], ["temperature must be positive and f"]),
+        (["--class_labels", "0", "--lora", "x", "--lora_scale", "nan"], ["lora_scale"]),
+        (["--class_labels", "0", "--device", "meta"], ['device "meta" cannot be used here']),
         (["--class_labels", "0", "--temperature", "0"], ["temperature must be positive"]),
         (["--class_labels", "0", "--num_images", "-4"], ["num_images must be 1 or more, got -4"]),
         (["--class_labels", "0", "--num_images", "0"], ["num_images must be 1 or more, got 0"]),
@@ -237,6 +240,98 @@ def test_ctrl_c_keeps_finished_images(generate, tmp_path, monkeypatch):
     monkeypatch.undo()
     assert generate(*words, "--resume").code == 0
     assert len(list(out.glob("0*.png"))) == 6
+
+
+def test_ctrl_c_before_the_first_image(generate, monkeypatch):
+    def interrupted(*args, **keywords):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nextscale.cli.job.read_model", interrupted)
+    assert generate(PROMPT).err == "nextscale: interrupted\n"
+
+
+def test_overwrite_deletes_nothing_before_all_is_known_to_be_good(generate, models, tmp_path):
+    broken, out = tmp_path / "broken", tmp_path / "out"
+    shutil.copytree(models["words"], broken)
+    path = broken / "transformer/model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert generate(PROMPT, "--num_images", 3).code == 0
+    for words in (["--guidance_scale", 1, 2], ["--model", broken]):
+        assert generate(PROMPT, "--overwrite", *words).code == 2
+        assert len(list(out.glob("0*.png"))) == 3
+    assert generate(PROMPT, "--overwrite").code == 0
+    assert len(list(out.glob("0*.png"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "part"),
+    [
+        ("generation_config.json", {"foo": 1}, "foo"),
+        ("generation_config.json", {"top_p": "x"}, "generation_config.json"),
+        ("tokenizer/config.json", {"scales": "x"}, "scales must be sides such as 1 2 3 4"),
+    ],
+)
+def test_damaged_configurations_name_their_file(generate, broken, file, changes, part):
+    storage.write_json(broken / file, {**storage.read_json(broken / file), **changes})
+    assert_plain(generate(PROMPT, "--model", broken), 2, part)
+
+
+def test_released_files_of_other_shapes(run, models, tmp_path):
+    run("convert", "--to", "official", "--model", models["class"], "--output_dir", tmp_path / "o")
+    files = {name: tmp_path / f"o/{name}.safetensors" for name in ("transformer", "tokenizer")}
+    flat = torch.zeros(3)
+    for name, key, value in (
+        ("transformer", "pos_1LC", flat),
+        ("transformer", "word_embed.weight", flat),
+        ("transformer", "class_emb.weight", torch.zeros(1, 16)),
+        ("tokenizer", "quantize.embedding.weight", flat),
+        ("tokenizer", "encoder.down.1.block.0.conv1.weight", None),
+        ("tokenizer", "encoder.conv_in.weight", torch.zeros(0, 3, 3, 3)),
+    ):
+        state = storage.read_tensors(files[name])
+        state = {k: v for k, v in {**state, key: value}.items() if v is not None}
+        bad = {**files, name: tmp_path / "bad.safetensors"}
+        storage.write_tensors(bad[name], state)
+        words = [word for part, path in bad.items() for word in (f"--{part}", path)]
+        words += ["--scales", 1, 2, 4, "--output_dir", tmp_path / "m"]
+        result = run("convert", "--from", "official", *words)
+        assert_plain(result, 2)
+        assert not (tmp_path / "m").exists()
+
+
+def test_convert_leaves_no_half_result_on_a_full_disk(run, models, tmp_path, monkeypatch):
+    write, count = storage.write_tensors, [0]
+
+    def full(path, *args, **keywords):
+        count[0] += 1
+        if count[0] == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, *args, **keywords)
+
+    monkeypatch.setattr(storage, "write_tensors", full)
+    words = ["convert", "--to", "official", "--model", models["class"], "--output_dir"]
+    assert_plain(run(*words, tmp_path / "o"), 1, "No space left")
+    assert not (tmp_path / "o").exists()
+
+
+def test_convert_replaces_models_only(run, models, tmp_path):
+    words = ["convert", "--to", "official", "--model", models["class"], "--overwrite"]
+    (tmp_path / "notes.txt").write_text("mine")
+    assert_plain(run(*words, "--output_dir", tmp_path), 2, "not empty. Choose another folder.")
+    assert (tmp_path / "notes.txt").exists()
+    assert run(*words, "--output_dir", tmp_path / "o").code == 0
+    assert run(*words, "--output_dir", tmp_path / "o").code == 0
+
+
+def test_training_refuses_a_list_of_another_length_before_the_first_step(run, tmp_path):
+    words = ["--max_train_steps", 1, "--transformer.depth", 1, "--transformer.width", 16]
+    words += ["--transformer.num_heads", 1, "--num_images", 8, "--output_dir", tmp_path / "out"]
+    words += ["--dataset", "scenes", "--resolution", 64]
+    result = run("train", "var", *words, "--generation.guidance_scale", 1, 2)
+    assert_plain(result, 2, "guidance_scale needs one value for each of the 6 scales")
+    result = run("train", "var", *words, "--progressive_start", 9, "--progressive_fraction", 0.5)
+    assert_plain(result, 2, "progressive_start is 9, but must be below 5")
+    assert not (tmp_path / "out").exists()
 
 
 def test_other_failures_are_one_line_and_debug_shows_the_traceback(generate, monkeypatch):

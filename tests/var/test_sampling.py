@@ -312,7 +312,7 @@ def test_a_list_needs_one_value_per_scale(
         ({"top_p": 0.0}, "top_p must be in .* got 0.0. Use 1.0"),
         ({"top_p": 1.1}, "top_p must be in"),
         ({"top_k": -1}, "top_k must be 0"),
-        ({"temperature": 0.0}, "temperature must be positive, got 0.0. Use top_k=1"),
+        ({"temperature": 0.0}, "temperature must be positive and finite, got 0.0. Use top_k=1"),
         ({"temperature": (1.0, -1.0)}, "temperature must be positive"),
         ({"guidance_scale": -0.5}, "guidance_scale must be 0 or more"),
         ({"guidance_scale": math.nan}, "guidance_scale must be 0 or more"),
