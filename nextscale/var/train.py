@@ -71,7 +71,7 @@ class TransformerTrainingConfig(TrainingConfig, DataConfig):
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     """adamw is the paper's; muon uses Muon for the matrices of blocks and caption encoder, AdamW
-    for the rest, at the same learning rate: fewer steps to the same loss (docs/training.md)."""
+    for the rest, at the same learning rate: a lower loss after as many steps (docs/training.md)."""
     label_dropout: float = 0.1
     """Share of examples whose condition is replaced by "none", for guidance; training only."""
     label_smoothing: float = 0.0
