@@ -105,7 +105,7 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
     for row in rows:
         sheet.add_row(*row)
     # In a file or pipe nothing is cut.
-    Console(width=None if sys.stdout.isatty() else 200).print(sheet)
+    Console(width=None if sys.stdout.isatty() else 200, markup=False).print(sheet)
 
 
 def number(value: Any) -> str:

@@ -1,0 +1,264 @@
+"""`nextscale eval`: pictures -> figures; `eval stats`, `eval pack`, `eval compare`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+
+from nextscale import processes, storage
+from nextscale.cli.console import Output, number, table
+from nextscale.cli.flags import parse
+from nextscale.cli.ranks import pick_device, process_group
+from nextscale.cli.recipes import to_yaml
+from nextscale.errors import UserError
+
+if TYPE_CHECKING:
+    from nextscale.eval.inception import Inception
+
+ProtocolName = Literal["adm", "torch-fidelity", "clean", "pytorch-fid", "torchmetrics"]
+
+ABOUT = {
+    "eval": "Measure pictures: FID, sFID, Inception score, KID, precision and recall, Vendi score. "
+    "Every figure carries its protocol, because values of different protocols do not compare.",
+    "eval stats": "Write the statistics of a reference set, once for many runs.",
+    "eval pack": "Pack a folder of pictures into an .npz (arr_0) as the ADM suite reads it.",
+    "eval compare": "Compare two results of `nextscale eval --output`.",
+}
+EXAMPLE = {
+    "eval": "nextscale eval --samples out --reference VIRTUAL_imagenet256_labeled.npz --metrics "
+    "fid sfid isc prc --output result.json",
+    "eval stats": "nextscale eval stats --samples train_images --output reference.npz",
+    "eval pack": "nextscale eval pack --samples out --output samples.npz",
+    "eval compare": "nextscale eval compare a.json b.json",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkFlags:
+    """Flags of the pass over the pictures."""
+
+    samples: str
+    """Pictures: a folder, .npz with arr_0, .npy, .tar or .parquet."""
+    protocol: ProtocolName = "adm"
+    """How pictures are resized and normalised; see the docs."""
+    weights: str | None = None
+    """File of Inception's weights; None: NEXTSCALE_INCEPTION, then the caches."""
+    download: bool = False
+    """Fetch the weights if they are nowhere."""
+    random_weights: int | None = None
+    """Random weights from this seed instead, for trying things out: the record says invalid."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """bf16 is 2 to 3 times faster and moves FID by a percent or two; do not mix the two."""
+    batch_size: int = 32
+    """Pictures at once."""
+    num_workers: int = 2
+    """Processes that decode."""
+    device: str | None = None
+    """cpu, cuda, cuda:1; None: a GPU if there is one."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UserError(f"batch_size must be 1 or more, got {self.batch_size}.")
+        if self.num_workers < 0:
+            raise UserError(f"num_workers must be 0 or more, got {self.num_workers}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(NetworkFlags):
+    """Flags of `nextscale eval`."""
+
+    reference: str | None = None
+    """Pictures to compare with, or .npz statistics (of `eval stats`, ADM, pytorch-fid)."""
+    metrics: tuple[str, ...] = ("fid",)
+    """fid sfid isc kid prc vendi."""
+    k: int = 3
+    """Neighbours of precision and recall."""
+    se: Literal["jackknife", "none"] = "jackknife"
+    """Standard error of Fréchet distances."""
+    output: str | None = None
+    """Write the whole record as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatsConfig(NetworkFlags):
+    """Flags of `nextscale eval stats`."""
+
+    output: str
+    """The .npz."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackConfig:
+    """Flags of `nextscale eval pack`."""
+
+    samples: str
+    """Folder of pictures of one size."""
+    output: str
+    """The .npz."""
+    count: int | None = None
+    """Refuse another number of pictures (50000 for published figures)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Arguments of `nextscale eval compare`."""
+
+    first: tyro.conf.Positional[str]
+    """A result."""
+    second: tyro.conf.Positional[str]
+    """Another one; the difference is second minus first."""
+
+
+def run(command: str, arguments: list[str]) -> int:
+    """Run one of the four commands."""
+    settings: type = {
+        "eval": EvalConfig,
+        "eval stats": StatsConfig,
+        "eval pack": PackConfig,
+        "eval compare": CompareConfig,
+    }[command]
+    config, output = parse(
+        command, settings, arguments, about=ABOUT[command], example=EXAMPLE[command]
+    )
+    if output.print_config:
+        print(to_yaml(command, asdict(config)), end="")
+        return 0
+    work: Any = {"eval": _evaluate, "eval stats": _stats, "eval pack": _pack}.get(command, _compare)
+    work(config, output)
+    return 0
+
+
+def _evaluate(config: EvalConfig, output: Output) -> None:
+    from nextscale.eval.evaluate import evaluate
+
+    with process_group():
+        record = evaluate(
+            config.samples,
+            config.reference,
+            network=_network(config, output),
+            metrics=config.metrics,
+            protocol=config.protocol,
+            k=config.k,
+            jackknife=config.se == "jackknife",
+            batch_size=config.batch_size,
+            num_workers=config.num_workers,
+            progress=output.bar(),
+        )
+    record["manifest"]["command"] = " ".join(["nextscale", "eval", *sys.argv[2:]])
+    record["valid"] = config.random_weights is None
+    if not processes.is_main():
+        return
+    if config.output is not None:
+        storage.write_json(config.output, record)
+    if output.json:
+        output.figures(record)
+        return
+    for warning in record["warnings"]:
+        output.note(f"warning: {warning}")
+    if not output.quiet:
+        rows = [_row(name, entry) for name, entry in record["metrics"].items()]
+        table(("metric", "value", "± se", "n", "n_ref", "better"), rows)
+
+
+def _row(name: str, entry: dict[str, Any]) -> tuple[str, ...]:
+    se = "" if entry["se"] is None else f"{entry['se']:.2g}"
+    n_ref = "" if entry["n_ref"] is None else str(entry["n_ref"])
+    better = "higher" if entry["higher_is_better"] else "lower"
+    return name, number(entry["value"]), se, str(entry["n_gen"]), n_ref, better
+
+
+def _stats(config: StatsConfig, output: Output) -> None:
+    from nextscale.eval.features import extract
+    from nextscale.eval.images import open_images
+    from nextscale.eval.statistics import save_statistics, statistics_of
+
+    if Path(config.output).suffix != ".npz":
+        raise UserError(f"--output must end in .npz, got {config.output}")
+    with process_group():
+        network = _network(config, output)
+        features = extract(
+            open_images(config.samples),
+            network,
+            moments=("pool", "spatial"),
+            batch_size=config.batch_size,
+            num_workers=config.num_workers,
+            progress=output.bar(),
+        )
+    if processes.is_main():
+        statistics = statistics_of(features, network.fingerprint(), config.output)
+        save_statistics(statistics, config.output)
+        text = f"statistics of {features.count} pictures [{config.protocol}] in {config.output}"
+        output.figures({"output": config.output, "count": features.count}, text)
+
+
+def _network(config: NetworkFlags, output: Output) -> Inception:
+    from nextscale.eval.inception import Inception, random_weights, read_weights
+    from nextscale.eval.weights import INCEPTION, find_weights
+
+    if config.random_weights is not None:
+        output.note("warning: random weights; the figures mean nothing")
+        weights = random_weights(config.random_weights)
+    else:
+        weights = read_weights(find_weights(INCEPTION, config.weights, download=config.download))
+    device = pick_device(config.device)
+    return Inception(weights, config.protocol, device=device, precision=config.precision)
+
+
+def _pack(config: PackConfig, output: Output) -> None:
+    import numpy as np
+    from tqdm import tqdm
+
+    from nextscale.eval.images import open_images
+
+    images = open_images(config.samples)
+    if config.count is not None and len(images) != config.count:
+        raise UserError(f"{config.samples} has {len(images)} pictures, not {config.count}")
+    first = images.load([0])[0]
+    pixels = np.empty((len(images), *first.shape), np.uint8)
+    for index in tqdm(range(len(images)), desc="pack", disable=not output.bar()):
+        picture = images.load([index])[0]
+        if picture.shape != first.shape:
+            raise UserError(
+                f"{images.name(index)} is {picture.shape[1]}x{picture.shape[0]}, the first is "
+                f"{first.shape[1]}x{first.shape[0]}: pack pictures of one size"
+            )
+        pixels[index] = picture
+    with storage.atomic(config.output) as temporary, open(temporary, "wb") as file:
+        np.savez(file, arr_0=pixels)
+    counts = None if images.labels is None else np.bincount(images.labels)
+    if counts is not None and counts.max() > counts.min():
+        output.note(f"warning: the classes have {counts.min()} to {counts.max()} pictures")
+    facts = {"output": config.output, "count": len(images), "shape": list(pixels.shape)}
+    output.figures(facts, f"{len(images)} pictures of {first.shape[1]}x{first.shape[0]} packed")
+
+
+def _compare(config: CompareConfig, output: Output) -> None:
+    first, second = (_read_record(path) for path in (config.first, config.second))
+    shared = [name for name in first["metrics"] if name in second["metrics"]]
+    if not shared:
+        raise UserError(f"{config.first} and {config.second} share no metric of one protocol")
+    rows, found = [], {}
+    for name in shared:
+        a, b = first["metrics"][name], second["metrics"][name]
+        difference = b["value"] - a["value"]
+        se = None
+        if a["se"] is not None and b["se"] is not None:
+            se = (a["se"] ** 2 + b["se"] ** 2) ** 0.5
+        found[name] = {"difference": difference, "se": se, "first": a, "second": b}
+        shown = "" if se is None else f"{se:.2g}"
+        rows.append((name, number(a["value"]), number(b["value"]), number(difference), shown))
+    if output.json:
+        output.figures(found)
+    elif not output.quiet:
+        table(("metric", "first", "second", "difference", "± se"), rows)
+
+
+def _read_record(path: str) -> dict[str, Any]:
+    record = storage.read_json(path)
+    if not isinstance(record, dict) or not isinstance(record.get("metrics"), dict):
+        raise UserError(f"{path} is no result of nextscale eval --output")
+    return record

@@ -1,0 +1,351 @@
+"""`evaluate`: pictures in, figures with their errors, warnings and record out."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from nextscale import __version__
+from nextscale.errors import UserError
+from nextscale.eval import pairwise
+from nextscale.eval.features import BLOCKS, Features, Network, extract, fingerprint_of
+from nextscale.eval.frechet import Moments, frechet_distance
+from nextscale.eval.images import FileImages, Images, open_images
+from nextscale.eval.protocols import get_protocol, inception_splits
+from nextscale.eval.statistics import (
+    Statistics,
+    check_same,
+    is_statistics,
+    read_statistics,
+    statistics_of,
+)
+
+SCHEMA = 1
+LOSSY = (".jpg", ".jpeg", ".webp", ".gif")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a metric needs of the features of both sets, and its direction.
+
+    Attributes:
+        tap: The features it is computed from.
+        moments: It needs mean and covariance.
+        rows: It needs the features of every picture.
+        reference: It compares with a reference set.
+        higher_is_better: Direction.
+        compute: (context) -> one or more named values.
+    """
+
+    tap: str
+    compute: Callable[[Pair], dict[str, Value]]
+    moments: bool = False
+    rows: bool = False
+    reference: bool = True
+
+
+@dataclass(frozen=True)
+class Value:
+    """A figure, its standard error where there is one, and its direction."""
+
+    value: float
+    higher_is_better: bool
+    se: float | None = None
+    params: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What metrics are computed from: the measured set and the reference."""
+
+    fake: Features
+    real: Features | None
+    statistics: Statistics | None
+    k: int
+    seed: int
+    jackknife: bool
+    progress: bool
+
+    def rows(self, tap: str) -> tuple[np.ndarray, np.ndarray]:
+        """Features of the reference and of the measured set."""
+        if self.real is None:
+            raise UserError(
+                f"this metric needs the reference's pictures, and there are only statistics: pass "
+                f"a folder or an .npz with arr_0 (features: {tap})"
+            )
+        return self.real.rows[tap], self.fake.rows[tap]
+
+
+def evaluate(
+    samples: Any,
+    reference: Any = None,
+    *,
+    network: Network,
+    metrics: Sequence[str] = ("fid",),
+    protocol: str = "adm",
+    num_images: int | None = None,
+    num_reference: int | None = None,
+    k: int = 3,
+    seed: int = 2020,
+    jackknife: bool = True,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Measure a set of pictures.
+
+    Args:
+        samples: What is measured; see `open_images`.
+        reference: Pictures, or an .npz of statistics (`nextscale eval stats`, the ADM suite's,
+            pytorch-fid's). The ADM suite's file may hold both.
+        network: Gives the features, such as `Inception(weights, protocol)`.
+        metrics: Names of `METRICS`.
+        protocol: Name that stands behind each figure.
+        num_images: How many pictures a source function draws.
+        num_reference: Likewise, for a reference that is drawn.
+        k: Neighbours of prc.
+        seed: Of kid's subsets.
+        jackknife: Standard errors of Fréchet distances: 20 more of them, without a twentieth of
+            the measured pictures each. The reference counts as fixed.
+        batch_size: Pictures at once.
+        num_workers: Processes that decode.
+        progress: Show bars.
+
+    Returns:
+        A record for JSON: `metrics` (name[protocol] -> value, se, ci95, n_ref, n_gen,
+        higher_is_better, protocol, params), `warnings`, `manifest`.
+
+    Raises:
+        UserError: For a name that is none, sets that are too small, statistics of another protocol,
+            pictures that cannot be read.
+    """
+    began = time.perf_counter()
+    unknown = [name for name in metrics if name not in METRICS]
+    if unknown or not metrics:
+        named = unknown[0] if unknown else ""
+        raise UserError(f'there is no metric "{named}". Choose from {", ".join(METRICS)}.')
+    wanted = [METRICS[name] for name in metrics]
+    missing = sorted({m.tap for m in wanted} - set(network.taps))
+    if missing:
+        raise UserError(f"this network gives no {', '.join(missing)} features")
+    images = open_images(samples, num_images)
+    if len(images) < 2:
+        raise UserError(f"2 pictures or more are needed, got {len(images)}")
+    needs_reference = any(m.reference for m in wanted)
+    if needs_reference and reference is None:
+        names = [n for n in metrics if METRICS[n].reference]
+        raise UserError(f"{', '.join(names)} compares with a reference: pass --reference")
+    statistics, real_images = None, None
+    if needs_reference:
+        statistics, real_images = _open_reference(reference, num_reference)
+    warnings: list[str] = []
+    if statistics is not None:
+        warnings += filter(None, [check_same(statistics, network.fingerprint())])
+
+    settings: dict[str, Any] = {
+        "batch_size": batch_size,
+        "num_workers": num_workers,
+        "progress": progress,
+    }
+    moments = sorted({m.tap for m in wanted if m.moments})
+    rows = sorted({m.tap for m in wanted if m.rows})
+    splits = None
+    if "isc" in metrics:
+        splits = inception_splits(get_protocol(protocol), len(images))
+    fake = extract(
+        images, network, moments=moments, rows=rows, splits=splits, label="samples", **settings
+    )
+    real = None
+    from_pictures = [t for t in moments if statistics is None or t not in statistics.values]
+    if real_images is not None and (from_pictures or rows):
+        real = extract(
+            real_images, network, moments=from_pictures, rows=rows, label="reference", **settings
+        )
+        if from_pictures:
+            statistics = statistics_of(real, network.fingerprint(), "the reference")
+    pair = Pair(fake, real, statistics, k, seed, jackknife, progress)
+    warnings += _warnings(images, fake, moments, network, real)
+    results = {}
+    for name in metrics:
+        for key, value in METRICS[name].compute(pair).items():
+            results[f"{key}[{protocol}]"] = _entry(value, protocol, pair, METRICS[name].reference)
+    seconds = time.perf_counter() - began
+    count = fake.count + (real.count if real else 0)
+    return {
+        "schema": SCHEMA,
+        "metrics": results,
+        "warnings": warnings,
+        "manifest": {
+            **_environment(),
+            "network": network.fingerprint(),
+            "samples": _about(fake),
+            "reference": _about(real) if real else statistics.name if statistics else None,
+            "seed": seed,
+            "batch_size": batch_size,
+            "seconds": round(seconds, 2),
+            "images_per_second": round(count / seconds, 2),
+        },
+    }
+
+
+def _entry(value: Value, protocol: str, pair: Pair, reference: bool) -> dict[str, Any]:
+    n_ref = None
+    if reference and pair.real is not None:
+        n_ref = pair.real.count
+    elif reference and pair.statistics is not None:
+        n_ref = pair.statistics.count
+    ci = (
+        None if value.se is None else [value.value - 1.96 * value.se, value.value + 1.96 * value.se]
+    )
+    return {
+        "value": value.value,
+        "se": value.se,
+        "ci95": ci,
+        "n_ref": n_ref,
+        "n_gen": pair.fake.count,
+        "higher_is_better": value.higher_is_better,
+        "protocol": protocol,
+        "params": dict(value.params or {}),
+    }
+
+
+# ---- metrics ---------------------------------------------------------------------------------
+
+
+def _frechet(pair: Pair, tap: str, name: str) -> dict[str, Value]:
+    assert pair.statistics is not None
+    if tap not in pair.statistics.values:
+        raise UserError(f"{pair.statistics.name} has no statistics of the {tap} features")
+    mean, covariance = pair.statistics.values[tap]
+    whole = pair.fake.moments(tap)
+    if len(mean) != len(whole.mean):
+        raise UserError(
+            f"{pair.statistics.name} has {len(mean)} {tap} features, the network {len(whole.mean)}"
+        )
+
+    def distance(moments: Moments) -> float:
+        return frechet_distance(mean, covariance, moments.mean, moments.covariance)
+
+    se = None
+    if pair.jackknife and whole.count >= 2 * BLOCKS:
+        # Delete-block jackknife; the bootstrap's duplicates would bias the distance upwards.
+        bar = tqdm(pair.fake.blocks[tap], desc=f"{name} error", disable=not pair.progress)
+        without = np.array([distance(whole.without(block)) for block in bar])
+        se = float(np.sqrt((BLOCKS - 1) / BLOCKS * ((without - without.mean()) ** 2).sum()))
+    return {name: Value(distance(whole), False, se)}
+
+
+def _inception(pair: Pair) -> dict[str, Value]:
+    assert pair.fake.probabilities is not None
+    mean, std = pair.fake.probabilities.score()
+    splits = len(pair.fake.probabilities.counts)
+    return {"isc": Value(mean, True, None, {"splits": splits, "std_over_splits": std})}
+
+
+def _kernel(pair: Pair) -> dict[str, Value]:
+    real, fake = pair.rows("pool")
+    mean, std = pairwise.kernel_distance_subsets(real, fake, seed=pair.seed)
+    size = min(1000, len(real), len(fake))
+    params = {"subsets": 100, "subset_size": size, "std": std}
+    return {
+        "kid": Value(mean, False, std / 10, params),
+        "kid_full": Value(pairwise.kernel_distance(real, fake), False),
+    }
+
+
+def _neighbours(pair: Pair) -> dict[str, Value]:
+    found = pairwise.precision_recall(*pair.rows("pool"), k=pair.k)
+    return {name: Value(v, True, None, {"k": pair.k}) for name, v in found._asdict().items()}
+
+
+def _vendi(pair: Pair) -> dict[str, Value]:
+    return {"vendi": Value(pairwise.vendi_score(pair.fake.rows["pool"]), True)}
+
+
+METRICS: dict[str, Metric] = {
+    "fid": Metric("pool", lambda pair: _frechet(pair, "pool", "fid"), moments=True),
+    "sfid": Metric("spatial", lambda pair: _frechet(pair, "spatial", "sfid"), moments=True),
+    "isc": Metric("logits", _inception, reference=False),
+    "kid": Metric("pool", _kernel, rows=True),
+    "prc": Metric("pool", _neighbours, rows=True),
+    "vendi": Metric("pool", _vendi, rows=True, reference=False),
+}
+
+
+# ---- reference, warnings, record -------------------------------------------------------------
+
+
+def _open_reference(reference: Any, count: int | None) -> tuple[Statistics | None, Images | None]:
+    if isinstance(reference, Statistics):
+        return reference, None
+    if isinstance(reference, str | Path) and is_statistics(reference):
+        with np.load(reference, allow_pickle=False) as file:
+            pictures = "arr_0" in file.files
+        return read_statistics(reference), FileImages(reference) if pictures else None
+    images = open_images(reference, count)
+    if len(images) < 2:
+        raise UserError(f"a reference needs 2 pictures or more, got {len(images)}")
+    return None, images
+
+
+def _warnings(
+    images: Images, fake: Features, moments: Sequence[str], network: Network, real: Features | None
+) -> list[str]:
+    found = []
+    count = fake.count
+    if count < 10_000 and moments:
+        found.append(f"{count} pictures: figures of the FID family are published for 50,000")
+    for tap in moments:
+        if count < network.taps[tap] + 1:
+            found.append(f"{count} pictures are fewer than the {network.taps[tap]} {tap} features")
+    if len(fake.sizes) > 1:
+        sizes = ", ".join(f"{w}x{h} ({n})" for (h, w), n in fake.sizes.most_common(4))
+        found.append(f"the pictures have {len(fake.sizes)} sizes: {sizes}")
+    odd = sum(n for (h, w), n in fake.sizes.items() if h != w)
+    if odd:
+        found.append(f"{odd} pictures are not square: the protocol squeezes them")
+    twins = sum(n - 1 for n in Counter(fake.digests).values())
+    if twins:
+        found.append(f"{twins} pictures repeat another one, pixel for pixel")
+    if real is not None:
+        shared = len(set(fake.digests) & set(real.digests))
+        if shared:
+            found.append(f"{shared} different pictures are in the reference too")
+    if isinstance(images, FileImages):
+        names = [images.name(i) for i in range(len(images))]
+        lossy = [name for name in names if name.lower().endswith(LOSSY)]
+        if lossy:
+            found.append(f"{len(lossy)} files are lossy ({lossy[0]}): save samples as PNG")
+    if images.labels is not None:
+        counts = np.bincount(images.labels)
+        counts = counts[counts > 0]
+        if counts.max() > counts.min():
+            found.append(f"the classes are unbalanced: {counts.min()} to {counts.max()} pictures")
+    return found
+
+
+def _about(features: Features) -> dict[str, Any]:
+    return {
+        "count": features.count,
+        "pixels_sha256": fingerprint_of(features),
+        "sizes": {f"{w}x{h}": n for (h, w), n in features.sizes.most_common(8)},
+    }
+
+
+def _environment() -> dict[str, Any]:
+    packages = ("torch", "torchvision", "numpy", "pillow")
+    return {
+        "versions": {"nextscale": __version__, **{name: version(name) for name in packages}},
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,279 @@
+"""One pass over a set of pictures: features once, and of them what the metrics need."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from nextscale import processes
+from nextscale.errors import UserError
+from nextscale.eval.frechet import Moments
+from nextscale.eval.images import Images
+
+T = TypeVar("T")
+
+BLOCKS = 20
+"""Parts of a set for the delete-block jackknife; picture i is in part i mod 20, so that sets sorted
+by class have every class in every part."""
+_BUFFER = 256  # rows of a block that are merged at once: a merge costs d^2, whatever its size
+
+
+class Network(Protocol):
+    """Features of pictures.
+
+    Attributes:
+        taps: Width of each kind of features, by name.
+    """
+
+    taps: Mapping[str, int]
+
+    def __call__(self, images: Sequence[np.ndarray]) -> dict[str, Tensor]:
+        """float32 [b, d] per tap."""
+        ...
+
+    def fingerprint(self) -> dict[str, str]:
+        """What two sets of features must share to be compared."""
+        ...
+
+
+@dataclass
+class SplitProbabilities:
+    """Sums for the Inception score by splits of the set, whatever the batches.
+
+    Attributes:
+        marginal: Sum of p(y|x), [splits, classes], float64.
+        negentropy: Sum of sum_y p log p, [splits].
+        counts: Pictures per split.
+    """
+
+    marginal: Float[Tensor, "s v"]
+    negentropy: Float[Tensor, " s"]
+    counts: Float[Tensor, " s"]
+
+    @classmethod
+    def empty(cls, splits: int, classes: int) -> SplitProbabilities:
+        """No pictures yet."""
+        zero = torch.zeros(splits, dtype=torch.float64)
+        return cls(torch.zeros(splits, classes, dtype=torch.float64), zero, zero.clone())
+
+    def add(self, logits: Tensor, splits: np.ndarray) -> None:
+        """Pictures, and the split that each belongs to."""
+        log_p = logits.double().cpu().log_softmax(dim=1)
+        p, index = log_p.exp(), torch.from_numpy(splits)
+        self.marginal.index_add_(0, index, p)
+        self.negentropy.index_add_(0, index, (p * log_p).sum(dim=1))
+        self.counts.index_add_(0, index, torch.ones(len(splits), dtype=torch.float64))
+
+    def merge(self, other: SplitProbabilities) -> SplitProbabilities:
+        """Sums of both."""
+        return SplitProbabilities(
+            self.marginal + other.marginal,
+            self.negentropy + other.negentropy,
+            self.counts + other.counts,
+        )
+
+    def score(self) -> tuple[float, float]:
+        """Mean and population standard deviation over the splits."""
+        mean = self.marginal / self.counts[:, None]
+        entropy = -torch.special.xlogy(mean, mean).sum(dim=1)
+        values = (self.negentropy / self.counts + entropy).exp()
+        return float(values.mean()), float(values.std(correction=0))
+
+
+@dataclass
+class Features:
+    """What a pass leaves.
+
+    Attributes:
+        count: Pictures.
+        blocks: Moments of each part of the set, by tap.
+        rows: Features [n, d] in the order of the pictures, for taps that were asked for.
+        probabilities: For the Inception score.
+        sizes: How many pictures have which (height, width).
+        digests: Hash of each picture's pixels, in order.
+    """
+
+    count: int
+    blocks: dict[str, list[Moments]] = field(default_factory=dict)
+    rows: dict[str, np.ndarray] = field(default_factory=dict)
+    probabilities: SplitProbabilities | None = None
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    digests: list[bytes] = field(default_factory=list)
+
+    def moments(self, tap: str) -> Moments:
+        """Of all pictures."""
+        first, *others = self.blocks[tap]
+        for block in others:
+            first = first.merge(block)
+        return first
+
+
+def extract(
+    images: Images,
+    network: Network,
+    *,
+    moments: Sequence[str] = (),
+    rows: Sequence[str] = (),
+    splits: np.ndarray | None = None,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    progress: bool = False,
+    label: str = "features",
+) -> Features:
+    """Run the network once over the pictures; each process of a run takes its share.
+
+    Args:
+        images: The set.
+        network: Gives the taps.
+        moments: Taps whose moments are kept (memory does not grow with the set).
+        rows: Taps whose features are kept.
+        splits: For the Inception score, from the tap "logits": the split of each picture, [n].
+        batch_size: Pictures at once.
+        num_workers: Processes that decode; 0 = this one.
+        progress: Show a bar.
+        label: Of the bar.
+
+    Returns:
+        The same on every process, whatever their number and the batch size: counts, sums and order
+        go by the pictures' indices, and none is counted twice.
+
+    Raises:
+        UserError: For a picture that cannot be read, and features that are not finite.
+    """
+    total = len(images)
+    own = processes.own_range(total)
+    found = Features(len(own), {tap: _start(network.taps[tap]) for tap in moments})
+    if splits is not None:
+        number = int(splits.max()) + 1
+        found.probabilities = SplitProbabilities.empty(number, network.taps["logits"])
+    kept: dict[str, list[np.ndarray]] = {tap: [] for tap in rows}
+    buffers = {tap: [[] for _ in range(BLOCKS)] for tap in moments}
+    with tqdm(total=len(own), desc=label, unit="image", disable=not progress) as bar:
+        for indices, pictures, digests in _batches(images, own, batch_size, num_workers):
+            taps = network(pictures)
+            found.sizes.update(picture.shape[:2] for picture in pictures)
+            found.digests += digests
+            for tap in {*moments, *rows}:
+                _check_finite(taps[tap], indices, images, tap)
+            for tap in rows:
+                kept[tap].append(taps[tap].float().cpu().numpy())
+            for tap in moments:
+                _buffer(buffers[tap], found.blocks[tap], taps[tap], indices)
+            if found.probabilities is not None and splits is not None:
+                found.probabilities.add(taps["logits"], splits[indices])
+            bar.update(len(indices))
+    for tap in moments:
+        for block in range(BLOCKS):
+            _flush(buffers[tap], found.blocks[tap], block)
+    width = network.taps
+    found.rows = {
+        tap: np.concatenate(parts) if parts else np.zeros((0, width[tap]), np.float32)
+        for tap, parts in kept.items()
+    }
+    return _merge(processes.gather(found))
+
+
+def _start(dim: int) -> list[Moments]:
+    return [Moments.empty(dim) for _ in range(BLOCKS)]
+
+
+def _buffer(
+    buffers: list[list[Tensor]], blocks: list[Moments], features: Tensor, indices: Sequence[int]
+) -> None:
+    for row, index in zip(features.double().cpu(), indices, strict=True):
+        buffers[index % BLOCKS].append(row)
+        if len(buffers[index % BLOCKS]) == _BUFFER:
+            _flush(buffers, blocks, index % BLOCKS)
+
+
+def _flush(buffers: list[list[Tensor]], blocks: list[Moments], block: int) -> None:
+    if buffers[block]:
+        blocks[block] = blocks[block].merge(Moments.of(torch.stack(buffers[block])))
+        buffers[block].clear()
+
+
+def _merge(parts: list[Features]) -> Features:
+    """The parts of all processes, in the order of the ranks."""
+    whole = parts[0]
+    for part in parts[1:]:
+        whole.count += part.count
+        for tap, blocks in part.blocks.items():
+            pairs = zip(whole.blocks[tap], blocks, strict=True)
+            whole.blocks[tap] = [a.merge(b) for a, b in pairs]
+        for tap, rows in part.rows.items():
+            whole.rows[tap] = np.concatenate([whole.rows[tap], rows])
+        if part.probabilities is not None and whole.probabilities is not None:
+            whole.probabilities = whole.probabilities.merge(part.probabilities)
+        whole.sizes += part.sizes
+        whole.digests += part.digests
+    return whole
+
+
+def _batches(
+    images: Images, own: range, batch_size: int, num_workers: int
+) -> Iterator[tuple[list[int], list[np.ndarray], list[bytes]]]:
+    plan = [list(own[i : i + batch_size]) for i in range(0, len(own), batch_size)]
+    if num_workers and images.parallel and len(plan) > 1:
+        # One item is one batch: workers decode whole batches.
+        loader = torch.utils.data.DataLoader(
+            _Plan(images, plan),
+            batch_size=None,
+            num_workers=min(num_workers, len(plan)),
+            collate_fn=_as_it_is,
+        )
+    else:
+        reading = _Plan(images, plan)
+        loader = (reading[i] for i in range(len(plan)))
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
+
+
+class _Plan(torch.utils.data.Dataset[Any]):
+    """Batch i of the pictures, for a DataLoader."""
+
+    def __init__(self, images: Images, plan: list[list[int]]) -> None:
+        self.images, self.plan = images, plan
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, i: int) -> tuple[list[int], list[np.ndarray], list[bytes]] | UserError:
+        try:
+            pictures = self.images.load(self.plan[i])
+        except UserError as error:  # raised by the reader: a worker would wrap it
+            return error
+        return self.plan[i], pictures, [_digest(picture) for picture in pictures]
+
+
+def _as_it_is(batch: T) -> T:
+    """In place of torch's own conversion to tensors."""
+    return batch
+
+
+def _digest(picture: np.ndarray) -> bytes:
+    shape = np.asarray(picture.shape, dtype=np.int64).tobytes()
+    pixels = np.ascontiguousarray(picture).data
+    return hashlib.blake2b(pixels, digest_size=16, salt=shape[:16]).digest()
+
+
+def _check_finite(features: Tensor, indices: Sequence[int], images: Images, tap: str) -> None:
+    bad = ~features.isfinite().all(dim=1)
+    if bool(bad.any()):
+        index = indices[int(bad.nonzero()[0])]
+        raise UserError(f"the features ({tap}) of {images.name(index)} are not finite", exit_code=1)
+
+
+def fingerprint_of(features: Features) -> str:
+    """SHA-256 over the pixels of all pictures in order."""
+    return hashlib.sha256(b"".join(features.digests)).hexdigest()

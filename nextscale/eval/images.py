@@ -1,0 +1,145 @@
+"""Where the pictures to be measured come from: one interface over files, arrays and functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nextscale.data.formats import Columns, find_reader
+from nextscale.data.readers import Reader
+from nextscale.errors import UserError
+
+Function = Callable[[int, int], np.ndarray]
+"""f(start, count) -> uint8 [count, h, w, 3]: draws pictures instead of reading them."""
+
+
+@runtime_checkable
+class Images(Protocol):
+    """A finite list of uint8 RGB pictures.
+
+    Attributes:
+        labels: int64 [n], or None.
+        parallel: Whether worker processes may read them.
+    """
+
+    labels: np.ndarray | None
+    parallel: bool
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """What to call a picture in a message."""
+        ...
+
+    def load(self, rows: Sequence[int]) -> list[np.ndarray]:
+        """Pictures uint8 [h, w, 3], of one size or of many."""
+        ...
+
+
+class FileImages:
+    """Pictures of a folder, an .npz with arr_0, tars or tables, by the readers of `data`."""
+
+    parallel = True
+
+    def __init__(self, path: str | Path) -> None:
+        self.reader: Reader = find_reader(str(path), "all", Columns())[0]
+        self.labels = self.reader.labels
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def name(self, index: int) -> str:
+        """Path, or place in its file."""
+        return self.reader.name(index)
+
+    def load(self, rows: Sequence[int]) -> list[np.ndarray]:
+        """Decode; raises BadImage for a file that cannot be read."""
+        return [np.asarray(self.reader.image(row)) for row in rows]
+
+
+class ArrayImages:
+    """Pictures in memory, or mapped from an .npy file."""
+
+    labels: np.ndarray | None = None
+    parallel = False
+
+    def __init__(self, pixels: np.ndarray) -> None:
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3 or not len(pixels):
+            raise UserError(
+                f"pictures must be uint8 [n, h, w, 3], got {pixels.dtype} {list(pixels.shape)}"
+            )
+        self.pixels = pixels
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def name(self, index: int) -> str:
+        """Its place."""
+        return f"picture {index}"
+
+    def load(self, rows: Sequence[int]) -> list[np.ndarray]:
+        """Rows of the array."""
+        return [np.asarray(self.pixels[row]) for row in rows]
+
+
+class DrawnImages:
+    """Pictures that a function draws, in batches of consecutive indices."""
+
+    labels: np.ndarray | None = None
+    parallel = False
+
+    def __init__(self, draw: Function, count: int) -> None:
+        self.draw, self.count = draw, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def name(self, index: int) -> str:
+        """Its place."""
+        return f"generated picture {index}"
+
+    def load(self, rows: Sequence[int]) -> list[np.ndarray]:
+        """Draw rows[0], rows[0] + 1, ..."""
+        pixels = ArrayImages(np.asarray(self.draw(rows[0], len(rows)))).pixels
+        if len(pixels) != len(rows):
+            raise UserError(f"the source drew {len(pixels)} pictures where {len(rows)} were asked")
+        return list(pixels)
+
+
+def open_images(
+    source: str | Path | np.ndarray | Tensor | Function | Images, count: int | None = None
+) -> Images:
+    """Make one interface of what holds pictures.
+
+    Args:
+        source: A folder (with subfolders), .npz with arr_0, .npy, .tar or .parquet; an array or
+            tensor uint8 [n, h, w, 3], or a tensor uint8 [n, 3, h, w]; a function f(start, count).
+        count: How many pictures a function draws.
+
+    Raises:
+        UserError: If there are none, or floats, whose range would be a guess.
+    """
+    if isinstance(source, Images):
+        return source
+    if isinstance(source, str | Path):
+        if Path(source).suffix == ".npy":
+            try:
+                return ArrayImages(np.load(source, mmap_mode="r", allow_pickle=False))
+            except (OSError, ValueError) as error:
+                raise UserError(f"{source} is no .npy with pictures ({error})") from error
+        return FileImages(source)
+    if isinstance(source, torch.Tensor):
+        source = source.detach().cpu()
+        if source.ndim == 4 and source.shape[1] == 3 and source.shape[-1] != 3:
+            source = source.permute(0, 2, 3, 1)
+        return ArrayImages(source.numpy())
+    if isinstance(source, np.ndarray):
+        return ArrayImages(source)
+    if count is None or count < 1:
+        raise UserError(f"a source function needs its number of pictures, got {count}")
+    return DrawnImages(source, count)

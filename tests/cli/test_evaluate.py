@@ -1,0 +1,103 @@
+"""`nextscale eval` and its relatives, with random weights in place of Inception's."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("torch_fidelity")
+
+
+@pytest.fixture
+def folders(tmp_path):
+    random = np.random.default_rng(0)
+    for name, count in (("fake", 6), ("real", 5)):
+        (tmp_path / name).mkdir()
+        for index in range(count):
+            pixels = random.integers(0, 256, (24, 24, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name / f"{index}.png")
+    return tmp_path
+
+
+WEIGHTS = ("--random_weights", 0, "--num_workers", 0, "--device", "cpu")
+
+
+def test_eval_prints_a_table_and_writes_the_record(run, folders):
+    words = ["--samples", folders / "fake", "--reference", folders / "real", *WEIGHTS]
+    out = folders / "r.json"
+    result = run("eval", *words, "--metrics", "fid", "sfid", "isc", "kid", "--output", out)
+    assert result.code == 0, result.err
+    for part in ("fid[adm]", "sfid[adm]", "isc[adm]", "kid[adm]", "lower", "higher"):
+        assert part in result.out
+    assert "random weights; the figures mean nothing" in result.err
+    assert "warning: 6 pictures are fewer than the 2048 pool features" in result.err
+    record = json.loads(out.read_text())
+    assert record["valid"] is False
+    assert record["metrics"]["fid[adm]"]["n_gen"] == 6
+    assert record["metrics"]["fid[adm]"]["n_ref"] == 5
+    assert record["manifest"]["network"]["resize"] == "tf1"
+    assert record["manifest"]["samples"]["sizes"] == {"24x24": 6}
+
+
+def test_eval_stats_are_a_reference(run, folders):
+    stats = folders / "ref.npz"
+    made = run("eval", "stats", "--samples", folders / "real", "--output", stats, *WEIGHTS)
+    assert made.code == 0, made.err
+    words = ["eval", "--samples", folders / "fake", "--metrics", "fid", "--json", *WEIGHTS]
+    by_stats = run(*words, "--reference", stats).json["metrics"]["fid[adm]"]
+    by_pictures = run(*words, "--reference", folders / "real").json["metrics"]["fid[adm]"]
+    assert by_stats["value"] == pytest.approx(by_pictures["value"], rel=1e-9)
+    other = run(*words, "--reference", stats, "--protocol", "clean")
+    assert other.code == 2
+    assert "protocol adm instead of clean" in other.err
+
+
+def test_eval_pack(run, folders):
+    packed = folders / "p.npz"
+    result = run("eval", "pack", "--samples", folders / "fake", "--output", packed)
+    assert result.code == 0, result.err
+    with np.load(packed) as file:
+        assert file["arr_0"].shape == (6, 24, 24, 3)
+    for source in (folders / "fake", packed):
+        words = ("eval", "--samples", source, "--metrics", "vendi", "--json", *WEIGHTS)
+        hashes = {run(*words).json["manifest"]["samples"]["pixels_sha256"]}
+    assert len(hashes) == 1
+    wrong = run("eval", "pack", "--samples", folders / "fake", "--output", packed, "--count", 9)
+    assert (wrong.code, "has 6 pictures, not 9" in wrong.err) == (2, True)
+    Image.new("RGB", (8, 8)).save(folders / "fake" / "x.png")
+    mixed = run("eval", "pack", "--samples", folders / "fake", "--output", packed)
+    assert (mixed.code, "x.png is 8x8, the first is 24x24" in mixed.err) == (2, True)
+
+
+def test_eval_compare(run, tmp_path):
+    for name, value in (("a", 3.0), ("b", 2.5)):
+        entry = {"value": value, "se": 0.3, "n_gen": 9}
+        record = {"metrics": {"fid[adm]": entry, f"only[{name}]": entry}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    result = run("eval", "compare", tmp_path / "a.json", tmp_path / "b.json", "--json")
+    assert set(result.json) == {"fid[adm]"}
+    assert result.json["fid[adm]"]["difference"] == -0.5
+    assert result.json["fid[adm]"]["se"] == pytest.approx(0.3 * 2**0.5)
+    (tmp_path / "c.json").write_text("[]")
+    other = run("eval", "compare", tmp_path / "a.json", tmp_path / "c.json")
+    assert (other.code, "no result of nextscale eval" in other.err) == (2, True)
+
+
+def test_eval_without_weights_says_every_way_out(run, folders, monkeypatch):
+    for name in ("NEXTSCALE_CACHE", "TORCH_HOME"):
+        monkeypatch.setenv(name, str(folders / name))
+    monkeypatch.delenv("NEXTSCALE_INCEPTION", raising=False)
+    words = ["eval", "--samples", folders / "fake", "--reference", folders / "real"]
+    result = run(*words)
+    assert result.code == 1
+    assert result.err.count("\n") == 1
+    for part in (
+        *("weights-inception-2015-12-05-6726825d.pth", "6726825d", "torch-fidelity", "pytorch-fid"),
+        *("--weights", "NEXTSCALE_INCEPTION", "--download", str(folders / "NEXTSCALE_CACHE")),
+    ):
+        assert part in result.err
+    absent = run(*words, "--weights", "no.pth")
+    assert (absent.code, "no.pth, which is not there" in absent.err) == (2, True)

@@ -1,0 +1,264 @@
+"""The pass over pictures and what is made of it: batches, processes, files, warnings, errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_network import TinyNetwork, pictures
+
+from nextscale.errors import UserError
+from nextscale.eval.evaluate import METRICS, evaluate
+from nextscale.eval.features import extract
+from nextscale.eval.frechet import Moments, frechet_distance
+from nextscale.eval.images import open_images
+from nextscale.eval.scores import inception_score
+from nextscale.eval.statistics import (
+    read_statistics,
+    save_statistics,
+    statistics_of,
+)
+
+ALL = tuple(METRICS)
+
+
+def write(folder: Path, pixels: np.ndarray, suffix: str = ".png") -> Path:
+    folder.mkdir(parents=True)
+    for index, picture in enumerate(pixels):
+        Image.fromarray(picture).save(folder / f"{index:03d}{suffix}")
+    return folder
+
+
+def values(record: dict) -> dict[str, float]:
+    return {name: entry["value"] for name, entry in record["metrics"].items()}
+
+
+def test_one_pass_gives_what_the_functions_give(network: TinyNetwork) -> None:
+    fake, real = pictures(60, seed=1), pictures(70, seed=2)
+    found = values(evaluate(fake, real, network=network, metrics=ALL))
+    a, b = (network(list(p)) for p in (real, fake))
+    for name, tap in (("fid", "pool"), ("sfid", "spatial")):
+        m, n = Moments.of(a[tap]), Moments.of(b[tap])
+        expected = frechet_distance(m.mean, m.covariance, n.mean, n.covariance)
+        assert found[f"{name}[adm]"] == pytest.approx(expected, rel=1e-10)
+    assert found["isc[adm]"] == pytest.approx(inception_score(b["logits"], 1)[0], rel=1e-10)
+    assert set(found) == {
+        f"{name}[adm]"
+        for name in (
+            *("fid", "sfid", "isc", "kid", "kid_full", "precision", "recall", "density"),
+            *("coverage", "vendi"),
+        )
+    }
+
+
+def test_inception_score_of_many_splits(network: TinyNetwork) -> None:
+    fake = pictures(53)
+    record = evaluate(fake, network=network, metrics=["isc"], protocol="clean")
+    mean, std = inception_score(network(list(fake))["logits"], 10)
+    entry = record["metrics"]["isc[clean]"]
+    assert entry["value"] == pytest.approx(mean, rel=1e-10)
+    assert entry["params"] == {"splits": 10, "std_over_splits": pytest.approx(std, rel=1e-8)}
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 50])
+def test_batches_and_workers_change_nothing(
+    network: TinyNetwork, tmp_path: Path, batch_size: int
+) -> None:
+    fake, real = write(tmp_path / "fake", pictures(50, 1)), pictures(40, 2)
+    expected = evaluate(fake, real, network=network, metrics=ALL, batch_size=16)
+    again = evaluate(fake, real, network=network, metrics=ALL, batch_size=batch_size, num_workers=1)
+    assert values(again) == pytest.approx(values(expected), rel=1e-9)
+    assert again["manifest"]["samples"] == expected["manifest"]["samples"]
+
+
+def test_every_source_gives_the_same(network: TinyNetwork, tmp_path: Path) -> None:
+    pixels = pictures(30)
+    folder = write(tmp_path / "folder", pixels)
+    np.savez(tmp_path / "a.npz", pixels)
+    np.save(tmp_path / "a.npy", pixels)
+    sources = [folder, tmp_path / "a.npz", tmp_path / "a.npy", pixels, torch.from_numpy(pixels)]
+    sources.append(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+    hashes = set()
+    for source in sources:
+        record = evaluate(source, network=network, metrics=["vendi"])
+        hashes.add(record["manifest"]["samples"]["pixels_sha256"])
+    drawn = evaluate(
+        lambda start, count: pixels[start : start + count],
+        network=network, metrics=["vendi"], num_images=30, batch_size=7,
+    )  # fmt: skip
+    assert {drawn["manifest"]["samples"]["pixels_sha256"]} == hashes
+
+
+def test_statistics_stand_for_the_reference(network: TinyNetwork, tmp_path: Path) -> None:
+    fake, real = pictures(60, 1), pictures(60, 2)
+    features = extract(open_images(real), network, moments=["pool", "spatial"])
+    statistics = statistics_of(features, network.fingerprint(), "x")
+    save_statistics(statistics, tmp_path / "ref.npz")
+    expected = values(evaluate(fake, real, network=network, metrics=["fid", "sfid"]))
+    record = evaluate(fake, tmp_path / "ref.npz", network=network, metrics=["fid", "sfid"])
+    assert values(record) == pytest.approx(expected, rel=1e-12)
+    assert record["metrics"]["fid[adm]"]["n_ref"] == 60
+    assert not any("does not say" in w for w in record["warnings"])
+    with pytest.raises(UserError, match="protocol adm instead of clean"):
+        evaluate(fake, tmp_path / "ref.npz", network=TinyNetwork("clean"), protocol="clean")
+    with pytest.raises(UserError, match="needs the reference's pictures"):
+        evaluate(fake, tmp_path / "ref.npz", network=network, metrics=["prc"])
+
+
+def test_statistics_of_others(network: TinyNetwork, tmp_path: Path) -> None:
+    fake, real = pictures(60, 1), pictures(60, 2)
+    m = Moments.of(network(list(real))["pool"])
+    np.savez(tmp_path / "plain.npz", mu=m.mean.numpy(), sigma=m.covariance.numpy())
+    record = evaluate(fake, tmp_path / "plain.npz", network=network)
+    expected = evaluate(fake, real, network=network)
+    assert values(record) == pytest.approx(values(expected), rel=1e-12)
+    assert any("does not say which protocol" in w for w in record["warnings"])
+    # The ADM suite's file: statistics of one set, and pictures for precision and recall.
+    np.savez(tmp_path / "adm.npz", real, mu=m.mean.numpy(), sigma=m.covariance.numpy())
+    both = evaluate(fake, tmp_path / "adm.npz", network=network, metrics=["fid", "prc"])
+    assert values(both)["fid[adm]"] == pytest.approx(values(expected)["fid[adm]"], rel=1e-12)
+    assert 0 <= values(both)["precision[adm]"] <= 1
+    np.savez(tmp_path / "wide.npz", mu=np.zeros(9), sigma=np.eye(9))
+    with pytest.raises(UserError, match="has 9 pool features, the network 6"):
+        evaluate(fake, tmp_path / "wide.npz", network=network)
+
+
+def test_jackknife_error_is_the_spread_of_repeated_draws(network: TinyNetwork) -> None:
+    real = pictures(400, seed=99)
+    records = [
+        evaluate(pictures(200, seed), real, network=network)["metrics"]["fid[adm]"]
+        for seed in range(30)
+    ]
+    spread = float(np.std([r["value"] for r in records], ddof=1))
+    typical = float(np.mean([r["se"] for r in records]))
+    assert 0.6 * spread < typical < 1.7 * spread
+
+
+WORKER = """
+import json, sys
+import torch.distributed as dist
+from tiny_network import TinyNetwork, pictures
+from nextscale.eval.evaluate import METRICS, evaluate
+dist.init_process_group("gloo")
+record = evaluate(pictures(53, 1), pictures(41, 2), network=TinyNetwork(), metrics=tuple(METRICS))
+if dist.get_rank() == 0:
+    open(sys.argv[1], "w").write(json.dumps(record))
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_give_the_same(network: TinyNetwork, tmp_path: Path, world: int) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    root = Path(__file__).parents[2]
+    paths = os.pathsep.join([str(root), str(root / "tests" / "eval")])
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *(f"--nproc_per_node={world}", str(script), str(tmp_path / "r.json")),
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+        capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "r.json").read_text())
+    expected = evaluate(pictures(53, 1), pictures(41, 2), network=network, metrics=ALL)
+    assert values(found) == pytest.approx(values(expected), rel=1e-10)
+    assert found["manifest"]["samples"] == expected["manifest"]["samples"]
+
+
+def test_warnings(network: TinyNetwork, tmp_path: Path) -> None:
+    mixed = tmp_path / "mixed"
+    write(mixed / "a", pictures(4, side=16))
+    write(mixed / "b", pictures(3, 1, side=16)[:, :, :8], ".jpg")
+    Image.fromarray(pictures(4)[0]).save(mixed / "a" / "again.png")
+    real = np.concatenate([pictures(4), pictures(9, 5)])
+    record = evaluate(mixed, real, network=network)
+    text = "\n".join(record["warnings"])
+    for part in (
+        "8 pictures: figures of the FID family are published for 50,000",
+        "2 sizes: 16x16 (5), 8x16 (3)",
+        "3 pictures are not square",
+        "1 pictures repeat another one",
+        "4 different pictures are in the reference too",
+        "3 files are lossy",
+        "the classes are unbalanced: 3 to 5",
+    ):
+        assert part in text, part
+    few = evaluate(pictures(5), pictures(9, 1), network=network)
+    assert any("5 pictures are fewer than the 6 pool features" in w for w in few["warnings"])
+
+
+def test_what_cannot_be_measured(network: TinyNetwork, tmp_path: Path) -> None:
+    real = pictures(9)
+    with pytest.raises(UserError, match='no metric "fdi"'):
+        evaluate(real, real, network=network, metrics=["fdi"])
+    with pytest.raises(UserError, match="fid compares with a reference"):
+        evaluate(real, network=network)
+    with pytest.raises(UserError, match="2 pictures or more are needed, got 1"):
+        evaluate(pictures(1), real, network=network)
+    with pytest.raises(UserError, match="a reference needs 2 pictures or more, got 1"):
+        evaluate(real, pictures(1), network=network)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no image in"):
+        evaluate(tmp_path / "empty", real, network=network)
+    with pytest.raises(UserError, match="uint8"):
+        evaluate(real.astype(np.float32), real, network=network)
+    broken = write(tmp_path / "broken", real)
+    Image.fromarray(real[0]).save(broken / "bad.jpg")
+    (broken / "bad.jpg").write_bytes((broken / "bad.jpg").read_bytes()[:200])
+    for workers in (0, 1):
+        with pytest.raises(UserError, match=r"bad\.jpg is no readable image"):
+            evaluate(broken, real, network=network, batch_size=2, num_workers=workers)
+    for name, content in (
+        ("text.npz", b"not a zip"),
+        ("float.npz", np.zeros((3, 4, 4, 3))),
+        ("objects.npz", np.array([{}], dtype=object)),
+    ):
+        if isinstance(content, bytes):
+            (tmp_path / name).write_bytes(content)
+        else:
+            np.savez(tmp_path / name, content)
+        with pytest.raises(UserError, match=name):
+            evaluate(tmp_path / name, real, network=network)
+
+    class Broken(TinyNetwork):
+        def __call__(self, images):  # type: ignore[no-untyped-def]
+            return {tap: value * float("nan") for tap, value in super().__call__(images).items()}
+
+    with pytest.raises(UserError, match="of picture 0 are not finite"):
+        evaluate(real, real, network=Broken())
+
+
+def test_odd_files_are_read_as_a_viewer_shows_them(network: TinyNetwork, tmp_path: Path) -> None:
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    grey = np.full((8, 8), 128, np.uint8)
+    Image.fromarray(grey.astype(np.uint16) * 257).save(folder / "deep.png")
+    Image.fromarray(np.full((8, 8, 4), (9, 9, 9, 0), np.uint8)).save(folder / "clear.png")
+    Image.new("CMYK", (8, 8), (0, 0, 0, 127)).save(folder / "press.jpg", quality=100)
+    images = open_images(folder)
+    found = {Path(images.name(i)).name: images.load([i])[0] for i in range(3)}
+    assert (found["deep.png"] == 128).all()
+    assert (found["clear.png"] == 255).all()  # transparent lies over white
+    assert found["press.jpg"].shape == (8, 8, 3)
+    assert (
+        evaluate(folder, network=network, metrics=["vendi"])["metrics"]["vendi[adm]"]["value"] > 1
+    )
+
+
+def test_statistics_that_are_none(tmp_path: Path) -> None:
+    np.savez(tmp_path / "shapes.npz", mu=np.zeros(3), sigma=np.eye(4))
+    with pytest.raises(UserError, match="no mean"):
+        read_statistics(tmp_path / "shapes.npz")
+    np.savez(tmp_path / "objects.npz", mu=np.array([None]), sigma=np.eye(4))
+    with pytest.raises(UserError, match="can be read"):
+        read_statistics(tmp_path / "objects.npz")
