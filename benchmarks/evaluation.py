@@ -29,6 +29,7 @@ from sampling import _cpu_name
 
 from nextscale.eval.frechet import Moments, frechet_distance
 from nextscale.eval.inception import _TRUNK, _network, random_weights
+from nextscale.processes import keep_freed_memory
 
 BATCH, WORKERS = 32, 2
 
@@ -37,6 +38,7 @@ def ours(folder: Path, precision: str) -> float:
     from nextscale.eval.evaluate import evaluate
     from nextscale.eval.inception import Inception, read_weights
 
+    keep_freed_memory()  # as the command line does
     network = Inception(read_weights(folder / "inception.pth"), precision=precision)
     record = evaluate(
         folder / "a", folder / "b", network=network, jackknife=False,

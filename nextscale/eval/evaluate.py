@@ -18,7 +18,7 @@ from tqdm import tqdm
 from nextscale import __version__
 from nextscale.errors import UserError
 from nextscale.eval import pairwise
-from nextscale.eval.features import BLOCKS, Features, Network, extract, fingerprint_of
+from nextscale.eval.features import Features, Network, extract, fingerprint_of
 from nextscale.eval.frechet import Moments, frechet_distance
 from nextscale.eval.images import FileImages, Images, open_images
 from nextscale.eval.protocols import get_protocol, inception_splits
@@ -31,6 +31,7 @@ from nextscale.eval.statistics import (
 )
 
 SCHEMA = 1
+BLOCKS = 20  # of the jackknife
 LOSSY = (".jpg", ".jpeg", ".webp", ".gif")
 
 
@@ -73,7 +74,6 @@ class Pair:
     statistics: Statistics | None
     k: int
     seed: int
-    jackknife: bool
     progress: bool
 
     def rows(self, tap: str) -> tuple[np.ndarray, np.ndarray]:
@@ -163,7 +163,14 @@ def evaluate(
     if "isc" in metrics:
         splits = inception_splits(get_protocol(protocol), len(images))
     fake = extract(
-        images, network, moments=moments, rows=rows, splits=splits, label="samples", **settings
+        images,
+        network,
+        moments=moments,
+        rows=rows,
+        blocks=BLOCKS if jackknife else 1,
+        splits=splits,
+        label="samples",
+        **settings,
     )
     real = None
     from_pictures = [t for t in moments if statistics is None or t not in statistics.values]
@@ -173,7 +180,7 @@ def evaluate(
         )
         if from_pictures:
             statistics = statistics_of(real, network.fingerprint(), "the reference")
-    pair = Pair(fake, real, statistics, k, seed, jackknife, progress)
+    pair = Pair(fake, real, statistics, k, seed, progress)
     warnings += _warnings(images, fake, moments, network, real)
     results = {}
     for name in metrics:
@@ -237,7 +244,7 @@ def _frechet(pair: Pair, tap: str, name: str) -> dict[str, Value]:
         return frechet_distance(mean, covariance, moments.mean, moments.covariance)
 
     se = None
-    if pair.jackknife and whole.count >= 2 * BLOCKS:
+    if len(pair.fake.blocks[tap]) > 1 and whole.count >= 2 * BLOCKS:
         # Delete-block jackknife; the bootstrap's duplicates would bias the distance upwards.
         bar = tqdm(pair.fake.blocks[tap], desc=f"{name} error", disable=not pair.progress)
         without = np.array([distance(whole.without(block)) for block in bar])

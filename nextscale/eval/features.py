@@ -21,9 +21,6 @@ from nextscale.eval.images import Images
 
 T = TypeVar("T")
 
-BLOCKS = 20
-"""Parts of a set for the delete-block jackknife; picture i is in part i mod 20, so that sets sorted
-by class have every class in every part."""
 _BUFFER = 256  # rows of a block that are merged at once: a merge costs d^2, whatever its size
 
 
@@ -123,6 +120,7 @@ def extract(
     *,
     moments: Sequence[str] = (),
     rows: Sequence[str] = (),
+    blocks: int = 1,
     splits: np.ndarray | None = None,
     batch_size: int = 32,
     num_workers: int = 0,
@@ -136,6 +134,8 @@ def extract(
         network: Gives the taps.
         moments: Taps whose moments are kept (memory does not grow with the set).
         rows: Taps whose features are kept.
+        blocks: Parts of the set whose moments are kept apart, for the delete-block jackknife;
+            picture i is in part i mod blocks, so that a set sorted by class has all in each.
         splits: For the Inception score, from the tap "logits": the split of each picture, [n].
         batch_size: Pictures at once.
         num_workers: Processes that decode; 0 = this one.
@@ -151,12 +151,14 @@ def extract(
     """
     total = len(images)
     own = processes.own_range(total)
-    found = Features(len(own), {tap: _start(network.taps[tap]) for tap in moments})
+    found = Features(
+        len(own), {tap: [Moments.empty(network.taps[tap])] * blocks for tap in moments}
+    )
     if splits is not None:
         number = int(splits.max()) + 1
         found.probabilities = SplitProbabilities.empty(number, network.taps["logits"])
     kept: dict[str, list[np.ndarray]] = {tap: [] for tap in rows}
-    buffers = {tap: [[] for _ in range(BLOCKS)] for tap in moments}
+    buffers = {tap: [[] for _ in range(blocks)] for tap in moments}
     with tqdm(total=len(own), desc=label, unit="image", disable=not progress) as bar:
         for indices, pictures, digests in _batches(images, own, batch_size, num_workers):
             taps = network(pictures)
@@ -172,7 +174,7 @@ def extract(
                 found.probabilities.add(taps["logits"], splits[indices])
             bar.update(len(indices))
     for tap in moments:
-        for block in range(BLOCKS):
+        for block in range(blocks):
             _flush(buffers[tap], found.blocks[tap], block)
     width = network.taps
     found.rows = {
@@ -182,17 +184,14 @@ def extract(
     return _merge(processes.gather(found))
 
 
-def _start(dim: int) -> list[Moments]:
-    return [Moments.empty(dim) for _ in range(BLOCKS)]
-
-
 def _buffer(
     buffers: list[list[Tensor]], blocks: list[Moments], features: Tensor, indices: Sequence[int]
 ) -> None:
     for row, index in zip(features.double().cpu(), indices, strict=True):
-        buffers[index % BLOCKS].append(row)
-        if len(buffers[index % BLOCKS]) == _BUFFER:
-            _flush(buffers, blocks, index % BLOCKS)
+        block = index % len(blocks)
+        buffers[block].append(row)
+        if len(buffers[block]) == _BUFFER:
+            _flush(buffers, blocks, block)
 
 
 def _flush(buffers: list[list[Tensor]], blocks: list[Moments], block: int) -> None:

@@ -49,9 +49,9 @@ class Moments:
 
     def merge(self, other: Moments) -> Moments:
         """Moments of both sets of rows together."""
+        if not self.count or not other.count:
+            return self if self.count else other
         count = self.count + other.count
-        if not other.count:
-            return self
         delta = other.mean - self.mean
         mean = self.mean + delta * (other.count / count)
         between = torch.outer(delta, delta) * (self.count * other.count / count)
