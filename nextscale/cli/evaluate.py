@@ -74,7 +74,7 @@ class EvalConfig(NetworkFlags):
     reference: str | None = None
     """Pictures to compare with, or .npz statistics (of `eval stats`, ADM, pytorch-fid)."""
     metrics: tuple[str, ...] = ("fid",)
-    """fid sfid isc kid prc vendi."""
+    """fid sfid isc kid prc vendi; or psnr ssim ms_ssim of picture i against original i."""
     k: int = 3
     """Neighbours of precision and recall."""
     se: Literal["jackknife", "none"] = "jackknife"
@@ -134,12 +134,13 @@ def run(command: str, arguments: list[str]) -> int:
 
 def _evaluate(config: EvalConfig, output: Output) -> None:
     from nextscale.eval.evaluate import evaluate
+    from nextscale.eval.reconstruction import PAIRED
 
     with process_group():
         record = evaluate(
             config.samples,
             config.reference,
-            network=_network(config, output),
+            network=_network(config, output) if set(config.metrics) - set(PAIRED) else None,
             metrics=config.metrics,
             protocol=config.protocol,
             k=config.k,

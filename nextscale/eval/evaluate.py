@@ -22,6 +22,7 @@ from nextscale.eval.features import Features, Network, extract, fingerprint_of
 from nextscale.eval.frechet import Moments, frechet_distance
 from nextscale.eval.images import FileImages, Images, open_images
 from nextscale.eval.protocols import get_protocol, inception_splits
+from nextscale.eval.reconstruction import PAIRED, measure_pairs
 from nextscale.eval.statistics import (
     Statistics,
     check_same,
@@ -90,7 +91,7 @@ def evaluate(
     samples: Any,
     reference: Any = None,
     *,
-    network: Network,
+    network: Network | None = None,
     metrics: Sequence[str] = ("fid",),
     protocol: str = "adm",
     num_images: int | None = None,
@@ -108,8 +109,9 @@ def evaluate(
         samples: What is measured; see `open_images`.
         reference: Pictures, or an .npz of statistics (`nextscale eval stats`, the ADM suite's,
             pytorch-fid's). The ADM suite's file may hold both.
-        network: Gives the features, such as `Inception(weights, protocol)`.
-        metrics: Names of `METRICS`.
+        network: Gives the features, such as `Inception(weights, protocol)`; None for metrics of
+            pairs, which need none.
+        metrics: Names of `METRICS`, or of `PAIRED`.
         protocol: Name that stands behind each figure.
         num_images: How many pictures a source function draws.
         num_reference: Likewise, for a reference that is drawn.
@@ -130,10 +132,17 @@ def evaluate(
             pictures that cannot be read.
     """
     began = time.perf_counter()
-    unknown = [name for name in metrics if name not in METRICS]
+    known = (*METRICS, *PAIRED)
+    unknown = [name for name in metrics if name not in known]
     if unknown or not metrics:
         named = unknown[0] if unknown else ""
-        raise UserError(f'there is no metric "{named}". Choose from {", ".join(METRICS)}.')
+        raise UserError(f'there is no metric "{named}". Choose from {", ".join(known)}.')
+    if all(name in PAIRED for name in metrics):
+        return _evaluate_pairs(
+            open_images(samples, num_images), reference, metrics, batch_size, progress
+        )
+    if network is None or any(name in PAIRED for name in metrics):
+        raise UserError(f"{', '.join(PAIRED)} compare pairs: measure them in a run of their own")
     wanted = [METRICS[name] for name in metrics]
     missing = sorted({m.tap for m in wanted} - set(network.taps))
     if missing:
@@ -205,12 +214,43 @@ def evaluate(
     }
 
 
+def _evaluate_pairs(
+    images: Images, reference: Any, metrics: Sequence[str], batch_size: int, progress: bool
+) -> dict[str, Any]:
+    """The record of metrics that compare picture i with original i."""
+    began = time.perf_counter()
+    if reference is None:
+        raise UserError(f"{', '.join(metrics)} needs the originals: pass --reference")
+    originals = open_images(reference, len(images))
+    scores = measure_pairs(images, originals, metrics, batch_size=batch_size, progress=progress)
+    results, count = {}, len(images)
+    for name, found in scores.items():
+        finite = found.values[np.isfinite(found.values)]
+        params: dict[str, Any] = {"infinite": count - len(finite)}
+        if found.pooled is not None:
+            params["of_pooled_error"] = found.pooled
+        mean = float(finite.mean()) if len(finite) else float("inf")
+        se = float(finite.std(ddof=1) / len(finite) ** 0.5) if len(finite) > 1 else None
+        results[name] = _record(Value(mean, True, se, params), None, count, count)
+    return {
+        "schema": SCHEMA,
+        "metrics": results,
+        "warnings": [],
+        "manifest": {**_environment(), "seconds": round(time.perf_counter() - began, 2)},
+    }
+
+
 def _entry(value: Value, protocol: str, pair: Pair, reference: bool) -> dict[str, Any]:
     n_ref = None
     if reference and pair.real is not None:
         n_ref = pair.real.count
     elif reference and pair.statistics is not None:
         n_ref = pair.statistics.count
+    return _record(value, protocol, pair.fake.count, n_ref)
+
+
+def _record(value: Value, protocol: str | None, n_gen: int, n_ref: int | None) -> dict[str, Any]:
+    """A figure as the record holds it."""
     ci = (
         None if value.se is None else [value.value - 1.96 * value.se, value.value + 1.96 * value.se]
     )
@@ -219,7 +259,7 @@ def _entry(value: Value, protocol: str, pair: Pair, reference: bool) -> dict[str
         "se": value.se,
         "ci95": ci,
         "n_ref": n_ref,
-        "n_gen": pair.fake.count,
+        "n_gen": n_gen,
         "higher_is_better": value.higher_is_better,
         "protocol": protocol,
         "params": dict(value.params or {}),

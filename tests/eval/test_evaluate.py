@@ -175,6 +175,33 @@ def test_processes_give_the_same(network: TinyNetwork, tmp_path: Path, world: in
     assert found["manifest"]["samples"] == expected["manifest"]["samples"]
 
 
+def test_pairs(tmp_path: Path) -> None:
+    golden = Path(__file__).parents[1] / "golden" / "eval"
+    expected = json.loads((golden / "expected.json").read_text())["recon"]
+    with np.load(golden / "features.npz") as file:
+        originals, pixels = (np.moveaxis(file[f"img_{k}"], 1, -1) for k in ("ref", "rec"))
+    record = evaluate(pixels, originals, metrics=["psnr", "ssim"])["metrics"]
+    psnr = record["psnr"]
+    assert psnr["value"] == pytest.approx(expected["psnr_mean_of_images"], rel=1e-9)
+    assert psnr["params"]["of_pooled_error"] == pytest.approx(
+        expected["psnr_of_pooled_mse"], rel=1e-9
+    )
+    assert record["ssim"]["value"] == pytest.approx(expected["ssim_mean"], rel=1e-9)
+    spread = np.std(expected["psnr_per_image"], ddof=1) / 3**0.5
+    assert psnr["se"] == pytest.approx(spread, rel=1e-9)
+    equal = evaluate(originals, originals, metrics=["psnr"])["metrics"]["psnr"]
+    assert (equal["value"], equal["params"]["infinite"]) == (float("inf"), 3)
+    with pytest.raises(UserError, match="3 pictures and 2 originals"):
+        evaluate(pixels, originals[:2], metrics=["psnr"])
+    with pytest.raises(UserError, match="in a run of their own"):
+        evaluate(pixels, originals, network=TinyNetwork(), metrics=["psnr", "fid"])
+    with pytest.raises(UserError, match="needs pictures of 161 pixels"):
+        evaluate(pixels, originals, metrics=["ms_ssim"])
+    large = pictures(2, side=176)
+    shifted = evaluate(large, large[::-1].copy(), metrics=["ms_ssim"])["metrics"]["ms_ssim"]
+    assert 0 <= shifted["value"] < 1
+
+
 def test_warnings(network: TinyNetwork, tmp_path: Path) -> None:
     mixed = tmp_path / "mixed"
     write(mixed / "a", pictures(4, side=16))
