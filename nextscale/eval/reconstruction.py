@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,7 +34,7 @@ class PairScores:
 
 
 def pair_scores(
-    originals: Float[Tensor, "b 3 h w"], pictures: Float[Tensor, "b 3 h w"], metric: str
+    originals: Float[Tensor, "b c h w"], pictures: Float[Tensor, "b c h w"], metric: str
 ) -> Float[Tensor, " b"]:
     """A metric of each pair of pictures in [0, 1].
 
@@ -101,7 +100,8 @@ def measure_pairs(
                     found[metric].append(float(pair_scores(y, x, metric)[0]))
             bar.update(len(rows))
     parts = processes.gather((found, squares))
-    pooled = -10 * math.log10(max(float(np.mean(np.concatenate([p[1] for p in parts]))), 1e-20))
+    error = np.mean(np.concatenate([part[1] for part in parts]))
+    pooled = _psnr_of(float(error)) if "psnr" in metrics else None
     return {
         metric: PairScores(
             np.concatenate([part[0][metric] for part in parts]),
@@ -109,6 +109,12 @@ def measure_pairs(
         )
         for metric in metrics
     }
+
+
+def _psnr_of(error: float) -> float:
+    """PSNR of a mean squared error, by torchmetrics."""
+    root = torch.tensor([[[[error**0.5]]]], dtype=torch.float64)
+    return float(pair_scores(torch.zeros_like(root), root, "psnr")[0])
 
 
 def _unit(picture: np.ndarray) -> Float[Tensor, "1 3 h w"]:
