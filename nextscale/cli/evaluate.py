@@ -17,6 +17,7 @@ from nextscale.cli.recipes import to_yaml
 from nextscale.errors import UserError
 
 if TYPE_CHECKING:
+    from nextscale.eval.images import Images
     from nextscale.eval.inception import Inception
 
 ProtocolName = Literal["adm", "torch-fidelity", "clean", "pytorch-fid", "torchmetrics"]
@@ -41,8 +42,6 @@ EXAMPLE = {
 class NetworkFlags:
     """Flags of the pass over the pictures."""
 
-    samples: str
-    """Pictures: a folder, .npz with arr_0, .npy, .tar or .parquet."""
     protocol: ProtocolName = "adm"
     """How pictures are resized and normalised; see the docs."""
     weights: str | None = None
@@ -71,10 +70,24 @@ class NetworkFlags:
 class EvalConfig(NetworkFlags):
     """Flags of `nextscale eval`."""
 
+    samples: str | None = None
+    """Pictures: a folder, .npz with arr_0, .npy, .tar or .parquet."""
+    model: str | None = None
+    """Draw the pictures with this model instead (bundled name, folder or hub id), unwritten."""
+    benchmark: Literal["standard", "compositional", "hard"] = "standard"
+    """With --model: the captions that a scenes model draws."""
+    num_images: int | None = None
+    """With --model: pictures; None: one per caption, 50 per class."""
+    seed: int = 0
+    """With --model: picture i is drawn with seed + i."""
+    prompts: str | None = None
+    """With --samples: text file, the prompt of each picture, one per line; None: what the pictures
+    or their metadata.jsonl say."""
     reference: str | None = None
     """Pictures to compare with, or .npz statistics (of `eval stats`, ADM, pytorch-fid)."""
     metrics: tuple[str, ...] = ("fid",)
-    """fid sfid isc kid prc vendi; or psnr ssim ms_ssim of picture i against original i."""
+    """fid sfid isc kid prc vendi, checker checker_statements (scenes captions); or psnr ssim
+    ms_ssim of picture i against original i."""
     k: int = 3
     """Neighbours of precision and recall."""
     se: Literal["jackknife", "none"] = "jackknife"
@@ -82,11 +95,18 @@ class EvalConfig(NetworkFlags):
     output: str | None = None
     """Write the whole record as JSON."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.samples is None) == (self.model is None):
+            raise UserError("pass --samples FOLDER or --model NAME: what is to be measured.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class StatsConfig(NetworkFlags):
     """Flags of `nextscale eval stats`."""
 
+    samples: str
+    """Pictures: a folder, .npz with arr_0, .npy, .tar or .parquet."""
     output: str
     """The .npz."""
 
@@ -133,14 +153,23 @@ def run(command: str, arguments: list[str]) -> int:
 
 
 def _evaluate(config: EvalConfig, output: Output) -> None:
-    from nextscale.eval.evaluate import evaluate
-    from nextscale.eval.reconstruction import PAIRED
+    from nextscale.eval.evaluate import METRICS, evaluate
+    from nextscale.eval.images import open_images
+    from nextscale.eval.scorers import SCORERS
 
     with process_group():
+        prompts = None
+        if config.samples is not None:
+            images = open_images(config.samples)
+            if set(config.metrics) & set(SCORERS):
+                prompts = _prompts(config, images)
+        else:
+            images, prompts = _drawn(config)
         record = evaluate(
-            config.samples,
+            images,
             config.reference,
-            network=_network(config, output) if set(config.metrics) - set(PAIRED) else None,
+            network=_network(config, output) if set(config.metrics) & set(METRICS) else None,
+            prompts=prompts,
             metrics=config.metrics,
             protocol=config.protocol,
             k=config.k,
@@ -163,6 +192,61 @@ def _evaluate(config: EvalConfig, output: Output) -> None:
     if not output.quiet:
         rows = [_row(name, entry) for name, entry in record["metrics"].items()]
         table(("metric", "value", "± se", "n", "n_ref", "better"), rows)
+
+
+def _prompts(config: EvalConfig, images: Images) -> list[str]:
+    """From the file, the dataset's captions, or what `nextscale generate` wrote into the PNGs."""
+    from nextscale.cli.job import read_metadata
+    from nextscale.eval.images import FileImages
+
+    if config.prompts is not None:
+        try:
+            lines = Path(config.prompts).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read prompts {config.prompts}: {error}") from error
+        return [line.strip() for line in lines if line.strip()]
+    if isinstance(images, FileImages) and images.reader.has_captions:
+        return [images.reader.caption(row) for row in range(len(images))]
+    found = [read_metadata(Path(images.name(row))).get("prompt") for row in range(len(images))]
+    missing = next((row for row, prompt in enumerate(found) if prompt is None), None)
+    if missing is not None:
+        raise UserError(
+            f"{images.name(missing)} does not say its prompt: pass --prompts FILE, one line per "
+            "picture, or a folder with metadata.jsonl"
+        )
+    return [str(prompt) for prompt in found]
+
+
+def _drawn(config: EvalConfig) -> tuple[Images, list[str] | None]:
+    """The pipeline as a source of pictures, and its prompts."""
+    from nextscale.data.benchmark import load_benchmark
+    from nextscale.data.images import to_uint8
+    from nextscale.eval.images import open_images
+    from nextscale.pipeline import NextScalePipeline
+
+    assert config.model is not None
+    pipe = NextScalePipeline.from_pretrained(config.model, device=pick_device(config.device))
+    conditioner = pipe.transformer.conditioner
+    prompts: list[str] | None = None
+    if conditioner.prompts:
+        prompts = load_benchmark(config.benchmark)
+        count = config.num_images or len(prompts)
+        prompts = [prompts[i % len(prompts)] for i in range(count)]
+        conditions: dict[str, list[Any]] = {"prompt": prompts}
+    else:
+        classes = conditioner.config()["num_classes"]
+        count = config.num_images or 50 * classes
+        conditions = {"class_labels": [i * classes // count for i in range(count)]}
+
+    def draw(start: int, number: int) -> Any:
+        given: dict[str, Any] = {
+            key: values[start : start + number] for key, values in conditions.items()
+        }
+        seeds = [config.seed + i for i in range(start, start + number)]
+        images = pipe(**given, seed=seeds, output_type="pt").images
+        return to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
+
+    return open_images(draw, count), prompts
 
 
 def _row(name: str, entry: dict[str, Any]) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from nextscale.eval.frechet import Moments, frechet_distance
 from nextscale.eval.images import FileImages, Images, open_images
 from nextscale.eval.protocols import get_protocol, inception_splits
 from nextscale.eval.reconstruction import PAIRED, measure_pairs
+from nextscale.eval.scorers import SCORERS, Joined, Scored
 from nextscale.eval.statistics import (
     Statistics,
     check_same,
@@ -94,6 +95,7 @@ def evaluate(
     network: Network | None = None,
     metrics: Sequence[str] = ("fid",),
     protocol: str = "adm",
+    prompts: Sequence[str] | None = None,
     num_images: int | None = None,
     num_reference: int | None = None,
     k: int = 3,
@@ -111,8 +113,9 @@ def evaluate(
             pytorch-fid's). The ADM suite's file may hold both.
         network: Gives the features, such as `Inception(weights, protocol)`; None for metrics of
             pairs, which need none.
-        metrics: Names of `METRICS`, or of `PAIRED`.
+        metrics: Names of `METRICS` and `SCORERS`, or of `PAIRED`.
         protocol: Name that stands behind each figure.
+        prompts: Of each picture, for the metrics of `SCORERS`.
         num_images: How many pictures a source function draws.
         num_reference: Likewise, for a reference that is drawn.
         k: Neighbours of prc.
@@ -132,7 +135,7 @@ def evaluate(
             pictures that cannot be read.
     """
     began = time.perf_counter()
-    known = (*METRICS, *PAIRED)
+    known = (*METRICS, *SCORERS, *PAIRED)
     unknown = [name for name in metrics if name not in known]
     if unknown or not metrics:
         named = unknown[0] if unknown else ""
@@ -141,25 +144,30 @@ def evaluate(
         return _evaluate_pairs(
             open_images(samples, num_images), reference, metrics, batch_size, progress
         )
-    if network is None or any(name in PAIRED for name in metrics):
+    if any(name in PAIRED for name in metrics):
         raise UserError(f"{', '.join(PAIRED)} compare pairs: measure them in a run of their own")
-    wanted = [METRICS[name] for name in metrics]
-    missing = sorted({m.tap for m in wanted} - set(network.taps))
-    if missing:
-        raise UserError(f"this network gives no {', '.join(missing)} features")
     images = open_images(samples, num_images)
+    scored = {name: SCORERS[name] for name in metrics if name in SCORERS}
+    networks: list[Network] = [] if network is None else [network]
+    if scored:
+        networks.append(Scored(scored, _checked_prompts(prompts, len(images), list(scored))))
+    both = Joined(networks)
+    wanted = [METRICS[name] for name in metrics if name in METRICS]
+    missing = sorted({m.tap for m in wanted} - set(both.taps))
+    if missing:
+        raise UserError(f"there is no network that gives {', '.join(missing)} features")
     if len(images) < 2:
         raise UserError(f"2 pictures or more are needed, got {len(images)}")
     needs_reference = any(m.reference for m in wanted)
     if needs_reference and reference is None:
-        names = [n for n in metrics if METRICS[n].reference]
+        names = [n for n in metrics if n in METRICS and METRICS[n].reference]
         raise UserError(f"{', '.join(names)} compares with a reference: pass --reference")
     statistics, real_images = None, None
     if needs_reference:
         statistics, real_images = _open_reference(reference, num_reference)
     warnings: list[str] = []
     if statistics is not None:
-        warnings += filter(None, [check_same(statistics, network.fingerprint())])
+        warnings += filter(None, [check_same(statistics, both.fingerprint())])
 
     settings: dict[str, Any] = {
         "batch_size": batch_size,
@@ -168,14 +176,15 @@ def evaluate(
     }
     moments = sorted({m.tap for m in wanted if m.moments})
     rows = sorted({m.tap for m in wanted if m.rows})
+    real_rows = sorted({m.tap for m in wanted if m.rows and m.reference})
     splits = None
     if "isc" in metrics:
         splits = inception_splits(get_protocol(protocol), len(images))
     fake = extract(
         images,
-        network,
+        both,
         moments=moments,
-        rows=rows,
+        rows=[*rows, *scored],
         blocks=BLOCKS if jackknife else 1,
         splits=splits,
         label="samples",
@@ -183,16 +192,25 @@ def evaluate(
     )
     real = None
     from_pictures = [t for t in moments if statistics is None or t not in statistics.values]
-    if real_images is not None and (from_pictures or rows):
+    if real_images is not None and network is not None and (from_pictures or real_rows):
         real = extract(
-            real_images, network, moments=from_pictures, rows=rows, label="reference", **settings
+            real_images,
+            network,
+            moments=from_pictures,
+            rows=real_rows,
+            label="reference",
+            **settings,
         )
         if from_pictures:
             statistics = statistics_of(real, network.fingerprint(), "the reference")
     pair = Pair(fake, real, statistics, k, seed, progress)
-    warnings += _warnings(images, fake, moments, network, real)
+    warnings += _warnings(images, fake, moments, both, real)
     results = {}
     for name in metrics:
+        if name in scored:
+            value = _mean_score(fake.rows[name][:, 0], prompts or ())
+            results[name] = _record(value, None, fake.count, None)
+            continue
         for key, value in METRICS[name].compute(pair).items():
             results[f"{key}[{protocol}]"] = _entry(value, protocol, pair, METRICS[name].reference)
     seconds = time.perf_counter() - began
@@ -203,7 +221,7 @@ def evaluate(
         "warnings": warnings,
         "manifest": {
             **_environment(),
-            "network": network.fingerprint(),
+            "network": both.fingerprint(),
             "samples": _about(fake),
             "reference": _about(real) if real else statistics.name if statistics else None,
             "seed": seed,
@@ -317,6 +335,30 @@ def _neighbours(pair: Pair) -> dict[str, Value]:
 
 def _vendi(pair: Pair) -> dict[str, Value]:
     return {"vendi": Value(pairwise.vendi_score(pair.fake.rows["pool"]), True)}
+
+
+def _mean_score(scores: np.ndarray, prompts: Sequence[str]) -> Value:
+    """Mean over the pictures; the error counts pictures of one prompt as one draw (clusters)."""
+    scores = scores.astype(np.float64)
+    mean = float(scores.mean())
+    clusters: dict[str, float] = {}
+    for prompt, score in zip(prompts, scores, strict=True):
+        clusters[prompt] = clusters.get(prompt, 0.0) + score - mean
+    sums, count = np.array(list(clusters.values())), len(clusters)
+    se = None
+    if count > 1:
+        se = float(np.sqrt(count / (count - 1) * (sums**2).sum()) / len(scores))
+    return Value(mean, True, se, {"prompts": count})
+
+
+def _checked_prompts(
+    prompts: Sequence[str] | None, count: int, names: Sequence[str]
+) -> Sequence[str]:
+    if prompts is None:
+        raise UserError(f"{', '.join(names)} needs the prompt of every picture")
+    if len(prompts) != count:
+        raise UserError(f"there are {len(prompts)} prompts for {count} pictures: pass one for each")
+    return prompts
 
 
 METRICS: dict[str, Metric] = {

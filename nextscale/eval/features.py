@@ -33,8 +33,8 @@ class Network(Protocol):
 
     taps: Mapping[str, int]
 
-    def __call__(self, images: Sequence[np.ndarray]) -> dict[str, Tensor]:
-        """float32 [b, d] per tap."""
+    def __call__(self, images: Sequence[np.ndarray], indices: Sequence[int]) -> dict[str, Tensor]:
+        """float32 [b, d] per tap, of the pictures `indices` of the set."""
         ...
 
     def fingerprint(self) -> dict[str, str]:
@@ -161,7 +161,7 @@ def extract(
     buffers = {tap: [[] for _ in range(blocks)] for tap in moments}
     with tqdm(total=len(own), desc=label, unit="image", disable=not progress) as bar:
         for indices, pictures, digests in _batches(images, own, batch_size, num_workers):
-            taps = network(pictures)
+            taps = network(pictures, indices)
             found.sizes.update(picture.shape[:2] for picture in pictures)
             found.digests += digests
             for tap in {*moments, *rows}:

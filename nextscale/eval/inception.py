@@ -67,7 +67,9 @@ class Inception:
         self._spatial = output
 
     @torch.inference_mode()
-    def __call__(self, images: Sequence[np.ndarray]) -> dict[str, Float[Tensor, "b d"]]:
+    def __call__(
+        self, images: Sequence[np.ndarray], indices: Sequence[int] = ()
+    ) -> dict[str, Float[Tensor, "b _"]]:
         """Features of uint8 RGB pictures [h, w, 3], float32 per tap of `TAPS`."""
         x = prepare(images, self.protocol, self.device).to(memory_format=torch.channels_last)
         half = self.precision == "bf16"

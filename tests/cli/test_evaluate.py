@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from nextscale.data.benchmark import load_benchmark
+
 pytest.importorskip("torch_fidelity")
 
 
@@ -70,6 +72,43 @@ def test_eval_pack(run, folders):
     Image.new("RGB", (8, 8)).save(folders / "fake" / "x.png")
     mixed = run("eval", "pack", "--samples", folders / "fake", "--output", packed)
     assert (mixed.code, "x.png is 8x8, the first is 24x24" in mixed.err) == (2, True)
+
+
+def test_eval_of_a_model_and_of_its_pictures(run, models, tmp_path):
+    words = ["eval", "--metrics", "checker", "--json", "--device", "cpu"]
+    drawn = run(*words, "--model", "scenes", "--num_images", 4, "--seed", 5)
+    assert drawn.code == 0, drawn.err
+    assert drawn.json["metrics"]["checker"]["n_gen"] == 4
+    folder = tmp_path / "out"
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(load_benchmark("standard")[:4]))
+    generated = run(
+        *(
+            "generate",
+            "--prompt_file",
+            prompts,
+            "--seed",
+            5,
+            "--output_dir",
+            folder,
+            "--device",
+            "cpu",
+        )
+    )
+    assert generated.code == 0, generated.err
+    (folder / "grid.png").unlink()
+    for more in ([], ["--prompts", prompts]):
+        read = run(*words, "--samples", folder, *more)
+        assert read.code == 0, read.err
+        assert read.json["metrics"] == drawn.json["metrics"]
+    (folder / "note.png").write_bytes((folder / "000000.png").read_bytes())
+    Image.new("RGB", (64, 64)).save(folder / "other.png")
+    silent = run(*words, "--samples", folder)
+    assert (silent.code, "other.png does not say its prompt" in silent.err) == (2, True)
+    neither = run("eval", "--metrics", "checker")
+    assert (neither.code, "pass --samples FOLDER or --model NAME" in neither.err) == (2, True)
+    classes = run(*words[:1], "--model", models["class"], "--metrics", "vendi", *WEIGHTS, "--json")
+    assert classes.json["metrics"]["vendi[adm]"]["n_gen"] == 200
 
 
 def test_eval_compare(run, tmp_path):

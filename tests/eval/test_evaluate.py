@@ -202,6 +202,30 @@ def test_pairs(tmp_path: Path) -> None:
     assert 0 <= shifted["value"] < 1
 
 
+def test_scores_by_prompt_share_the_pass(network: TinyNetwork) -> None:
+    from nextscale.data.sources import open_source
+
+    batch = open_source("scenes", resolution=64, split="train").load(np.arange(12))
+    pixels, prompts = batch.images.permute(0, 2, 3, 1).numpy(), list(batch.captions or ())
+    wrong = [*prompts[:9], *prompts[:3]]
+    settings = {"network": network, "metrics": ["checker", "vendi"], "batch_size": 5}
+    good = evaluate(pixels, prompts=prompts, **settings)["metrics"]
+    assert good["checker"]["value"] == 1
+    assert good["checker"]["se"] == 0
+    bad = evaluate(pixels, prompts=wrong, **settings)["metrics"]["checker"]
+    assert bad["value"] == pytest.approx(9 / 12)
+    sums = [0.25 - 0.75] * 3 + [0.25] * 6  # clusters by prompt
+    expected = (9 / 8 * sum(s**2 for s in sums)) ** 0.5 / 12
+    assert bad["se"] == pytest.approx(expected)
+    assert bad["params"] == {"prompts": 9}
+    with pytest.raises(UserError, match="checker needs the prompt of every picture"):
+        evaluate(pixels, metrics=["checker"])
+    with pytest.raises(UserError, match="3 prompts for 12 pictures"):
+        evaluate(pixels, metrics=["checker"], prompts=prompts[:3])
+    with pytest.raises(UserError, match="no network that gives pool"):
+        evaluate(pixels, pixels)
+
+
 def test_warnings(network: TinyNetwork, tmp_path: Path) -> None:
     mixed = tmp_path / "mixed"
     write(mixed / "a", pictures(4, side=16))
@@ -258,7 +282,7 @@ def test_what_cannot_be_measured(network: TinyNetwork, tmp_path: Path) -> None:
             evaluate(tmp_path / name, real, network=network)
 
     class Broken(TinyNetwork):
-        def __call__(self, images):  # type: ignore[no-untyped-def]
+        def __call__(self, images, indices=()):  # type: ignore[no-untyped-def]
             return {tap: value * float("nan") for tap, value in super().__call__(images).items()}
 
     with pytest.raises(UserError, match="of picture 0 are not finite"):

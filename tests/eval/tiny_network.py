@@ -15,7 +15,9 @@ class TinyNetwork:
     def __init__(self, protocol: str = "adm") -> None:
         self.protocol, self.taps = protocol, {"pool": 6, "spatial": 4, "logits": 5}
 
-    def __call__(self, images: Sequence[np.ndarray]) -> dict[str, Tensor]:
+    def __call__(
+        self, images: Sequence[np.ndarray], indices: Sequence[int] = ()
+    ) -> dict[str, Tensor]:
         means = torch.tensor(np.stack([i.reshape(-1, 3).mean(0) / 255 for i in images]))
         spread = torch.tensor(np.stack([i.reshape(-1, 3).std(0) / 255 for i in images]))
         pool = torch.cat([means, spread], dim=1).float()
