@@ -158,13 +158,13 @@ def _evaluate(config: EvalConfig, output: Output) -> None:
     from nextscale.eval.scorers import SCORERS
 
     with process_group():
-        prompts = None
+        prompts, about = None, {}
         if config.samples is not None:
             images = open_images(config.samples)
             if set(config.metrics) & set(SCORERS):
                 prompts = _prompts(config, images)
         else:
-            images, prompts = _drawn(config)
+            images, prompts, about = _drawn(config)
         record = evaluate(
             images,
             config.reference,
@@ -178,6 +178,7 @@ def _evaluate(config: EvalConfig, output: Output) -> None:
             num_workers=config.num_workers,
             progress=output.bar(),
         )
+    record["manifest"] |= about
     record["manifest"]["command"] = " ".join(["nextscale", "eval", *sys.argv[2:]])
     record["valid"] = config.random_weights is None
     if not processes.is_main():
@@ -217,8 +218,9 @@ def _prompts(config: EvalConfig, images: Images) -> list[str]:
     return [str(prompt) for prompt in found]
 
 
-def _drawn(config: EvalConfig) -> tuple[Images, list[str] | None]:
-    """The pipeline as a source of pictures, and its prompts."""
+def _drawn(config: EvalConfig) -> tuple[Images, list[str] | None, dict[str, Any]]:
+    """The pipeline as a source of pictures, its prompts, and what the record says of it."""
+    from nextscale.cli.loading import read_model
     from nextscale.data.benchmark import load_benchmark
     from nextscale.data.images import to_uint8
     from nextscale.eval.images import open_images
@@ -246,7 +248,13 @@ def _drawn(config: EvalConfig) -> tuple[Images, list[str] | None]:
         images = pipe(**given, seed=seeds, output_type="pt").images
         return to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
 
-    return open_images(draw, count), prompts
+    about = {
+        "model": config.model,
+        "weights": read_model(config.model).weights(),
+        "generation": {**asdict(pipe.generation), "seed": config.seed},
+        "captions": config.benchmark if prompts else None,
+    }
+    return open_images(draw, count), prompts, about
 
 
 def _row(name: str, entry: dict[str, Any]) -> tuple[str, ...]:

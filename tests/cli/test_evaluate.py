@@ -79,6 +79,8 @@ def test_eval_of_a_model_and_of_its_pictures(run, models, tmp_path):
     drawn = run(*words, "--model", "scenes", "--num_images", 4, "--seed", 5)
     assert drawn.code == 0, drawn.err
     assert drawn.json["metrics"]["checker"]["n_gen"] == 4
+    assert drawn.json["manifest"]["generation"]["seed"] == 5
+    assert len(drawn.json["manifest"]["weights"]) == 64
     folder = tmp_path / "out"
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(load_benchmark("standard")[:4]))
