@@ -153,10 +153,11 @@ def run(command: str, arguments: list[str]) -> int:
 
 
 def _evaluate(config: EvalConfig, output: Output) -> None:
-    from nextscale.eval.evaluate import METRICS, evaluate
+    from nextscale.eval.evaluate import METRICS, check_request, evaluate
     from nextscale.eval.images import open_images
     from nextscale.eval.scorers import SCORERS
 
+    check_request(config.metrics, config.reference, config.k)
     with process_group():
         prompts, about = None, {}
         if config.samples is not None:
@@ -206,8 +207,9 @@ def _prompts(config: EvalConfig, images: Images) -> list[str]:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read prompts {config.prompts}: {error}") from error
         return [line.strip() for line in lines if line.strip()]
-    if isinstance(images, FileImages) and images.reader.has_captions:
-        return [images.reader.caption(row) for row in range(len(images))]
+    captions = images.captions() if isinstance(images, FileImages) else None
+    if captions is not None:
+        return captions
     found = [read_metadata(Path(images.name(row))).get("prompt") for row in range(len(images))]
     missing = next((row for row, prompt in enumerate(found) if prompt is None), None)
     if missing is not None:
@@ -265,6 +267,7 @@ def _row(name: str, entry: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _stats(config: StatsConfig, output: Output) -> None:
+    from nextscale.eval.evaluate import warnings_of
     from nextscale.eval.features import extract
     from nextscale.eval.images import open_images
     from nextscale.eval.statistics import save_statistics, statistics_of
@@ -273,8 +276,9 @@ def _stats(config: StatsConfig, output: Output) -> None:
         raise UserError(f"--output must end in .npz, got {config.output}")
     with process_group():
         network = _network(config, output)
+        images = open_images(config.samples)
         features = extract(
-            open_images(config.samples),
+            images,
             network,
             moments=("pool", "spatial"),
             batch_size=config.batch_size,
@@ -282,6 +286,8 @@ def _stats(config: StatsConfig, output: Output) -> None:
             progress=output.bar(),
         )
     if processes.is_main():
+        for warning in warnings_of(images, features, ("pool", "spatial"), network):
+            output.note(f"warning: {warning}")
         statistics = statistics_of(features, network.fingerprint(), config.output)
         save_statistics(statistics, config.output)
         text = f"statistics of {features.count} pictures [{config.protocol}] in {config.output}"
@@ -334,6 +340,13 @@ def _compare(config: CompareConfig, output: Output) -> None:
     shared = [name for name in first["metrics"] if name in second["metrics"]]
     if not shared:
         raise UserError(f"{config.first} and {config.second} share no metric of one protocol")
+    for record, path in ((first, config.first), (second, config.second)):
+        if record.get("valid") is False:
+            output.note(f"warning: {path} was made with random weights; its figures mean nothing")
+    for part in ("network", "reference"):
+        sides = [record.get("manifest", {}).get(part) for record in (first, second)]
+        if sides[0] != sides[1]:
+            output.note(f"warning: the two have another {part}: the difference is not theirs alone")
     rows, found = [], {}
     for name in shared:
         a, b = first["metrics"][name], second["metrics"][name]

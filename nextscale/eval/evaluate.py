@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from nextscale import __version__
+from nextscale import __version__, processes
 from nextscale.errors import UserError
 from nextscale.eval import pairwise
 from nextscale.eval.features import Features, Network, extract, fingerprint_of
@@ -135,17 +135,11 @@ def evaluate(
             pictures that cannot be read.
     """
     began = time.perf_counter()
-    known = (*METRICS, *SCORERS, *PAIRED)
-    unknown = [name for name in metrics if name not in known]
-    if unknown or not metrics:
-        named = unknown[0] if unknown else ""
-        raise UserError(f'there is no metric "{named}". Choose from {", ".join(known)}.')
+    check_request(metrics, reference, k)
     if all(name in PAIRED for name in metrics):
         return _evaluate_pairs(
             open_images(samples, num_images), reference, metrics, batch_size, progress
         )
-    if any(name in PAIRED for name in metrics):
-        raise UserError(f"{', '.join(PAIRED)} compare pairs: measure them in a run of their own")
     images = open_images(samples, num_images)
     scored = {name: SCORERS[name] for name in metrics if name in SCORERS}
     networks: list[Network] = [] if network is None else [network]
@@ -159,12 +153,18 @@ def evaluate(
     if len(images) < 2:
         raise UserError(f"2 pictures or more are needed, got {len(images)}")
     needs_reference = any(m.reference for m in wanted)
-    if needs_reference and reference is None:
-        names = [n for n in metrics if n in METRICS and METRICS[n].reference]
-        raise UserError(f"{', '.join(names)} compares with a reference: pass --reference")
     statistics, real_images = None, None
     if needs_reference:
         statistics, real_images = _open_reference(reference, num_reference)
+    needing = [n for n in metrics if n in METRICS and METRICS[n].rows and METRICS[n].reference]
+    if needing and real_images is None:
+        raise UserError(
+            f"{', '.join(needing)} needs the reference's pictures, and {reference} holds "
+            "statistics alone: pass a folder, or an .npz with arr_0"
+        )
+    fewest = min(len(s) for s in (images, real_images) if s is not None)
+    if "prc" in metrics and fewest <= k:
+        raise UserError(f"k = {k} neighbours need more than {k} pictures in each set, got {fewest}")
     warnings: list[str] = []
     if statistics is not None:
         warnings += filter(None, [check_same(statistics, both.fingerprint())])
@@ -204,7 +204,13 @@ def evaluate(
         if from_pictures:
             statistics = statistics_of(real, network.fingerprint(), "the reference")
     pair = Pair(fake, real, statistics, k, seed, progress)
-    warnings += _warnings(images, fake, moments, both, real)
+    warnings += warnings_of(images, fake, moments, both)
+    if real is not None and real_images is not None:
+        about = warnings_of(real_images, real, from_pictures, both)
+        warnings += [f"reference: {warning}" for warning in about]
+        shared = len(set(fake.digests) & set(real.digests))
+        if shared:
+            warnings.append(f"pictures that are in the reference too: {shared}")
     results = {}
     for name in metrics:
         if name in scored:
@@ -237,8 +243,6 @@ def _evaluate_pairs(
 ) -> dict[str, Any]:
     """The record of metrics that compare picture i with original i."""
     began = time.perf_counter()
-    if reference is None:
-        raise UserError(f"{', '.join(metrics)} needs the originals: pass --reference")
     originals = open_images(reference, len(images))
     scores = measure_pairs(images, originals, metrics, batch_size=batch_size, progress=progress)
     results, count = {}, len(images)
@@ -322,8 +326,10 @@ def _kernel(pair: Pair) -> dict[str, Value]:
     mean, std = pairwise.kernel_distance_subsets(real, fake, seed=pair.seed)
     size = min(1000, len(real), len(fake))
     params = {"subsets": 100, "subset_size": size, "std": std}
+    # Subsets that are most of a set hardly differ: their spread says nothing of the error.
+    se = std / 10 if 2 * size <= min(len(real), len(fake)) else None
     return {
-        "kid": Value(mean, False, std / 10, params),
+        "kid": Value(mean, False, se, params),
         "kid_full": Value(pairwise.kernel_distance(real, fake), False),
     }
 
@@ -387,16 +393,45 @@ def _open_reference(reference: Any, count: int | None) -> tuple[Statistics | Non
     return None, images
 
 
-def _warnings(
-    images: Images, fake: Features, moments: Sequence[str], network: Network, real: Features | None
+def check_request(metrics: Sequence[str], reference: Any, k: int = 3) -> None:
+    """Refuse what can be refused before anything is opened.
+
+    Raises:
+        UserError: For names that are none, pairs among others, a missing reference, k below 1.
+    """
+    known = (*METRICS, *SCORERS, *PAIRED)
+    if not metrics:
+        raise UserError(f"give at least one metric: {', '.join(known)}")
+    for name in metrics:
+        if name not in known:
+            hint = " Put spaces between names." if "," in name else ""
+            raise UserError(f'there is no metric "{name}".{hint} Choose from {", ".join(known)}.')
+    pairs = [name for name in metrics if name in PAIRED]
+    if pairs and len(pairs) < len(metrics):
+        raise UserError(f"{', '.join(PAIRED)} compare pairs: measure them in a run of their own")
+    names = [n for n in metrics if n in PAIRED or (n in METRICS and METRICS[n].reference)]
+    if names and reference is None:
+        raise UserError(f"{', '.join(names)} compares with a reference: pass --reference")
+    if k < 1:
+        raise UserError(f"k is {k}, but must be 1 or more")
+
+
+def warnings_of(
+    images: Images, fake: Features, moments: Sequence[str], network: Network
 ) -> list[str]:
+    """What a reader of figures about this set should know."""
     found = []
+    if isinstance(images, FileImages) and images.sheets:
+        found.append(f"grids and filmstrips of nextscale generate left out: {images.sheets}")
     count = fake.count
     if count < 10_000 and moments:
         found.append(f"{count} pictures: figures of the FID family are published for 50,000")
     for tap in moments:
         if count < network.taps[tap] + 1:
-            found.append(f"{count} pictures are fewer than the {network.taps[tap]} {tap} features")
+            found.append(
+                f"{count} pictures are fewer than the {network.taps[tap]} {tap} features: the "
+                "Fréchet distance is far above its value for many pictures"
+            )
     if len(fake.sizes) > 1:
         sizes = ", ".join(f"{w}x{h} ({n})" for (h, w), n in fake.sizes.most_common(4))
         found.append(f"the pictures have {len(fake.sizes)} sizes: {sizes}")
@@ -406,10 +441,6 @@ def _warnings(
     twins = sum(n - 1 for n in Counter(fake.digests).values())
     if twins:
         found.append(f"{twins} pictures repeat another one, pixel for pixel")
-    if real is not None:
-        shared = len(set(fake.digests) & set(real.digests))
-        if shared:
-            found.append(f"{shared} different pictures are in the reference too")
     if isinstance(images, FileImages):
         names = [images.name(i) for i in range(len(images))]
         lossy = [name for name in names if name.lower().endswith(LOSSY)]
@@ -436,5 +467,6 @@ def _environment() -> dict[str, Any]:
     return {
         "versions": {"nextscale": __version__, **{name: version(name) for name in packages}},
         "python": platform.python_version(),
+        "processes": processes.world_size(),
         "threads": torch.get_num_threads(),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nextscale.data.formats import Columns, find_reader
+from nextscale.data.images import BadImage
 from nextscale.data.readers import Reader
 from nextscale.errors import UserError
 
@@ -47,19 +49,44 @@ class FileImages:
     parallel = True
 
     def __init__(self, path: str | Path) -> None:
+        if not Path(path).exists() and "{" not in str(path):
+            raise UserError(
+                f"there is no file or folder {path}. Give a folder of pictures, or an .npz, .npy, "
+                ".tar or .parquet."
+            )
         self.reader: Reader = find_reader(str(path), "all", Columns())[0]
-        self.labels = self.reader.labels
+        names = [self.reader.name(row) for row in range(len(self.reader))]
+        self.rows = [row for row, name in enumerate(names) if not _is_sheet(Path(name))]
+        self.sheets = len(names) - len(self.rows)
+        labels = self.reader.labels
+        self.labels = None if labels is None else labels[self.rows]
 
     def __len__(self) -> int:
-        return len(self.reader)
+        return len(self.rows)
 
     def name(self, index: int) -> str:
         """Path, or place in its file."""
-        return self.reader.name(index)
+        return self.reader.name(self.rows[index])
+
+    def captions(self) -> list[str] | None:
+        """Of every picture, where the files have any."""
+        if not self.reader.has_captions:
+            return None
+        return [self.reader.caption(row) for row in self.rows]
 
     def load(self, rows: Sequence[int]) -> list[np.ndarray]:
-        """Decode; raises BadImage for a file that cannot be read."""
-        return [np.asarray(self.reader.image(row)) for row in rows]
+        """Decode; a file that cannot be read is an error that names it."""
+        try:
+            return [np.asarray(self.reader.image(self.rows[row])) for row in rows]
+        except BadImage as error:
+            message = f"{error.name} is no readable image: {error.reason}. Remove or replace it."
+            raise UserError(message) from error
+
+
+def _is_sheet(path: Path) -> bool:
+    """Grids and filmstrips that `nextscale generate` puts beside its pictures and recipe."""
+    named = path.name == "grid.png" or re.fullmatch(r"\d{6}_scales\.png", path.name)
+    return bool(named) and (path.parent / "recipe.yaml").is_file()
 
 
 class ArrayImages:

@@ -116,12 +116,16 @@ def test_eval_of_a_model_and_of_its_pictures(run, models, tmp_path):
 def test_eval_compare(run, tmp_path):
     for name, value in (("a", 3.0), ("b", 2.5)):
         entry = {"value": value, "se": 0.3, "n_gen": 9}
-        record = {"metrics": {"fid[adm]": entry, f"only[{name}]": entry}}
+        record = {"metrics": {"fid[adm]": entry, f"only[{name}]": entry}, "valid": name == "a"}
+        record["manifest"] = {"network": {"weights": name}, "reference": "same"}
         (tmp_path / f"{name}.json").write_text(json.dumps(record))
     result = run("eval", "compare", tmp_path / "a.json", tmp_path / "b.json", "--json")
     assert set(result.json) == {"fid[adm]"}
     assert result.json["fid[adm]"]["difference"] == -0.5
     assert result.json["fid[adm]"]["se"] == pytest.approx(0.3 * 2**0.5)
+    assert "b.json was made with random weights" in result.err
+    assert "the two have another network" in result.err
+    assert "another reference" not in result.err
     (tmp_path / "c.json").write_text("[]")
     other = run("eval", "compare", tmp_path / "a.json", tmp_path / "c.json")
     assert (other.code, "no result of nextscale eval" in other.err) == (2, True)

@@ -78,6 +78,23 @@ def test_batches_and_workers_change_nothing(
     assert again["manifest"]["samples"] == expected["manifest"]["samples"]
 
 
+def test_sheets_of_generate_are_left_out(network: TinyNetwork, tmp_path: Path) -> None:
+    folder = write(tmp_path / "out", pictures(5))
+    Image.new("RGB", (99, 50), "red").save(folder / "grid.png")
+    Image.new("RGB", (99, 50), "red").save(folder / "000003_scales.png")
+    assert evaluate(folder, network=network, metrics=["vendi"])["manifest"]["samples"]["count"] == 7
+    (folder / "recipe.yaml").write_text("command: generate")
+    record = evaluate(folder, network=network, metrics=["vendi"])
+    assert record["manifest"]["samples"]["count"] == 5
+    assert "grids and filmstrips of nextscale generate left out: 2" in record["warnings"]
+
+
+def test_subsets_that_are_the_whole_set_give_no_error(network: TinyNetwork) -> None:
+    entry = evaluate(pictures(30, 1), pictures(30, 2), network=network, metrics=["kid"])["metrics"]
+    assert entry["kid[adm]"]["se"] is None
+    assert entry["kid[adm]"]["params"]["subset_size"] == 30
+
+
 def test_every_source_gives_the_same(network: TinyNetwork, tmp_path: Path) -> None:
     pixels = pictures(30)
     folder = write(tmp_path / "folder", pixels)
@@ -108,7 +125,7 @@ def test_statistics_stand_for_the_reference(network: TinyNetwork, tmp_path: Path
     assert not any("does not say" in w for w in record["warnings"])
     with pytest.raises(UserError, match="protocol adm instead of clean"):
         evaluate(fake, tmp_path / "ref.npz", network=TinyNetwork("clean"), protocol="clean")
-    with pytest.raises(UserError, match="needs the reference's pictures"):
+    with pytest.raises(UserError, match=r"prc needs .* and .*ref\.npz holds statistics"):
         evaluate(fake, tmp_path / "ref.npz", network=network, metrics=["prc"])
 
 
@@ -239,7 +256,7 @@ def test_warnings(network: TinyNetwork, tmp_path: Path) -> None:
         "2 sizes: 16x16 (5), 8x16 (3)",
         "3 pictures are not square",
         "1 pictures repeat another one",
-        "4 different pictures are in the reference too",
+        "pictures that are in the reference too: 4",
         "3 files are lossy",
         "the classes are unbalanced: 3 to 5",
     ):
@@ -250,8 +267,19 @@ def test_warnings(network: TinyNetwork, tmp_path: Path) -> None:
 
 def test_what_cannot_be_measured(network: TinyNetwork, tmp_path: Path) -> None:
     real = pictures(9)
-    with pytest.raises(UserError, match='no metric "fdi"'):
-        evaluate(real, real, network=network, metrics=["fdi"])
+    for metrics, message in (
+        (["fdi"], 'no metric "fdi"'),
+        (["fid,isc"], "Put spaces between names"),
+        ([], "at least one metric"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate(real, real, network=network, metrics=metrics)
+    with pytest.raises(UserError, match="k is 0, but must be 1 or more"):
+        evaluate(real, real, network=network, metrics=["prc"], k=0)
+    with pytest.raises(UserError, match=r"k = 9 neighbours need more than 9 pictures .* got 9"):
+        evaluate(real, real, network=network, metrics=["prc"], k=9)
+    with pytest.raises(UserError, match="there is no file or folder nowhere"):
+        evaluate("nowhere", real, network=network)
     with pytest.raises(UserError, match="fid compares with a reference"):
         evaluate(real, network=network)
     with pytest.raises(UserError, match="2 pictures or more are needed, got 1"):
