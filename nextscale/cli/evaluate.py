@@ -92,6 +92,9 @@ class EvalConfig(NetworkFlags):
     """Neighbours of precision and recall."""
     se: Literal["jackknife", "none"] = "jackknife"
     """Standard error of Fréchet distances."""
+    cache: bool = True
+    """Keep the statistics of reference files, by their content, in NEXTSCALE_CACHE or the user's
+    cache folder; --no_cache computes them anew."""
     output: str | None = None
     """Write the whole record as JSON."""
 
@@ -156,6 +159,7 @@ def _evaluate(config: EvalConfig, output: Output) -> None:
     from nextscale.eval.evaluate import METRICS, check_request, evaluate
     from nextscale.eval.images import open_images
     from nextscale.eval.scorers import SCORERS
+    from nextscale.eval.weights import cache_folder
 
     check_request(config.metrics, config.reference, config.k)
     with process_group():
@@ -177,6 +181,7 @@ def _evaluate(config: EvalConfig, output: Output) -> None:
             jackknife=config.se == "jackknife",
             batch_size=config.batch_size,
             num_workers=config.num_workers,
+            cache=cache_folder() / "statistics" if config.cache else None,
             progress=output.bar(),
         )
     record["manifest"] |= about

@@ -6,7 +6,7 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,11 @@ from nextscale.eval.reconstruction import PAIRED, measure_pairs
 from nextscale.eval.scorers import SCORERS, Joined, Scored
 from nextscale.eval.statistics import (
     Statistics,
+    cached_path,
     check_same,
     is_statistics,
     read_statistics,
+    save_statistics,
     statistics_of,
 )
 
@@ -103,6 +105,7 @@ def evaluate(
     jackknife: bool = True,
     batch_size: int = 32,
     num_workers: int = 0,
+    cache: Path | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Measure a set of pictures.
@@ -124,6 +127,7 @@ def evaluate(
             the measured pictures each. The reference counts as fixed.
         batch_size: Pictures at once.
         num_workers: Processes that decode.
+        cache: Folder where statistics of reference files are kept, by their content; None: off.
         progress: Show bars.
 
     Returns:
@@ -191,6 +195,11 @@ def evaluate(
         **settings,
     )
     real = None
+    kept = None
+    if cache is not None and network is not None and isinstance(real_images, FileImages):
+        kept = cached_path(cache, real_images, network.fingerprint(), moments) if moments else None
+    if kept is not None and statistics is None and all(processes.gather(kept.exists())):
+        statistics = replace(read_statistics(kept), name=str(reference))
     from_pictures = [t for t in moments if statistics is None or t not in statistics.values]
     if real_images is not None and network is not None and (from_pictures or real_rows):
         real = extract(
@@ -203,6 +212,8 @@ def evaluate(
         )
         if from_pictures:
             statistics = statistics_of(real, network.fingerprint(), "the reference")
+            if kept is not None and processes.is_main():
+                save_statistics(statistics, kept)
     pair = Pair(fake, real, statistics, k, seed, progress)
     warnings += warnings_of(images, fake, moments, both)
     if real is not None and real_images is not None:

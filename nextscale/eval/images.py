@@ -13,7 +13,8 @@ from torch import Tensor
 
 from nextscale.data.formats import Columns, find_reader
 from nextscale.data.images import BadImage
-from nextscale.data.readers import Reader
+from nextscale.data.readers import FolderReader, Reader
+from nextscale.data.tars import expand_tars
 from nextscale.errors import UserError
 
 Function = Callable[[int, int], np.ndarray]
@@ -49,6 +50,7 @@ class FileImages:
     parallel = True
 
     def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
         if not Path(path).exists() and "{" not in str(path):
             raise UserError(
                 f"there is no file or folder {path}. Give a folder of pictures, or an .npz, .npy, "
@@ -67,6 +69,14 @@ class FileImages:
     def name(self, index: int) -> str:
         """Path, or place in its file."""
         return self.reader.name(self.rows[index])
+
+    def files(self) -> list[Path]:
+        """Every file that holds pictures of the set."""
+        if isinstance(self.reader, FolderReader):
+            return [self.reader.paths[row] for row in self.rows]
+        if self.path.is_dir():
+            return sorted(path for path in self.path.rglob("*") if path.is_file())
+        return [self.path] if self.path.exists() else sorted(map(Path, expand_tars(str(self.path))))
 
     def captions(self) -> list[str] | None:
         """Of every picture, where the files have any."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import numpy as np
 from nextscale import storage
 from nextscale.errors import UserError
 from nextscale.eval.features import Features
+from nextscale.eval.images import FileImages
 
 SCHEMA = 1
 # Names of mean and covariance per tap, as the ADM suite and pytorch-fid write them.
@@ -59,6 +62,23 @@ def save_statistics(statistics: Statistics, path: str | Path) -> None:
     arrays["nextscale"] = np.frombuffer(json.dumps(about).encode(), dtype=np.uint8)
     with storage.atomic(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
+
+
+def cached_path(
+    folder: Path, images: FileImages, fingerprint: Mapping[str, str], taps: Sequence[str]
+) -> Path:
+    """Where the statistics of these pictures, by their content, lie in a cache folder.
+
+    The name is a SHA-256 over the bytes of every file with its name inside the set, the network's
+    fingerprint, the taps and the format: pictures that change or move get others.
+    """
+    files = images.files()
+    root = os.path.commonpath([file.parent for file in files])
+    digest = hashlib.sha256(json.dumps([SCHEMA, dict(fingerprint), sorted(taps)]).encode())
+    for file in files:
+        name = os.path.relpath(file, root)
+        digest.update(f"{len(name)}:{name}:{storage.file_sha256(file)}".encode())
+    return folder / f"{digest.hexdigest()}.npz"
 
 
 def is_statistics(path: str | Path) -> bool:

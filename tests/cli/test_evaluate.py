@@ -13,6 +13,11 @@ from nextscale.data.benchmark import load_benchmark
 pytest.importorskip("torch_fidelity")
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("NEXTSCALE_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture
 def folders(tmp_path):
     random = np.random.default_rng(0)

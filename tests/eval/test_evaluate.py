@@ -129,6 +129,38 @@ def test_statistics_stand_for_the_reference(network: TinyNetwork, tmp_path: Path
         evaluate(fake, tmp_path / "ref.npz", network=network, metrics=["prc"])
 
 
+def test_statistics_of_a_folder_are_cached_by_content(tmp_path: Path) -> None:
+    class Counting(TinyNetwork):
+        seen = 0
+
+        def __call__(self, images, indices=()):  # type: ignore[no-untyped-def]
+            self.seen += len(images)
+            return super().__call__(images)
+
+    real, cache, fake = write(tmp_path / "real", pictures(40, 2)), tmp_path / "cache", pictures(30)
+    network = Counting()
+    settings = {"network": network, "cache": cache}
+    first = evaluate(fake, real, **settings)
+    assert network.seen == 70
+    second = evaluate(fake, real, **settings)
+    assert network.seen == 100  # the samples alone
+    assert values(second) == pytest.approx(values(first), rel=1e-12)
+    assert second["metrics"]["fid[adm]"]["n_ref"] == 40
+    real.rename(tmp_path / "moved")
+    evaluate(fake, tmp_path / "moved", **settings)
+    assert network.seen == 130
+    Image.fromarray(pictures(1, 9)[0]).save(tmp_path / "moved" / "000.png")
+    changed = evaluate(fake, tmp_path / "moved", **settings)
+    assert network.seen == 200
+    assert values(changed) != values(first)
+    network.protocol = "clean"
+    evaluate(fake, tmp_path / "moved", **settings)
+    assert network.seen == 270
+    assert len(list(cache.iterdir())) == 3
+    evaluate(fake, tmp_path / "moved", metrics=["fid", "prc"], **settings)  # needs the pictures
+    assert network.seen == 340
+
+
 def test_statistics_of_others(network: TinyNetwork, tmp_path: Path) -> None:
     fake, real = pictures(60, 1), pictures(60, 2)
     m = Moments.of(network(list(real))["pool"])
