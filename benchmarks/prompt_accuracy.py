@@ -58,7 +58,11 @@ def main() -> None:
         for kind, values in results[name]["kinds"].items():
             print(f"  {kind}: {values['accuracy']:.3f} (n = {values['n']})")
     if options.output:
-        record = {"settings": vars(options), "torch": torch.__version__, "results": results}
+        record = {
+            "settings": {k: v for k, v in vars(options).items() if k != "output"},
+            "torch": torch.__version__,
+            "results": results,
+        }
         Path(options.output).write_text(json.dumps(record, indent=1) + "\n")
 
 
