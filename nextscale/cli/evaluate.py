@@ -51,7 +51,7 @@ class NetworkFlags:
     random_weights: int | None = None
     """Random weights from this seed instead, for trying things out: the record says invalid."""
     precision: Literal["float32", "bf16"] = "float32"
-    """bf16 is 2 to 3 times faster and moves FID by a percent or two; do not mix the two."""
+    """bf16 is about twice as fast and changes the features a little; do not mix the two."""
     batch_size: int = 32
     """Pictures at once."""
     num_workers: int = 2
@@ -156,8 +156,9 @@ def run(command: str, arguments: list[str]) -> int:
 
 
 def _evaluate(config: EvalConfig, output: Output) -> None:
-    from nextscale.eval.evaluate import METRICS, check_request, evaluate
+    from nextscale.eval.evaluate import check_request, evaluate
     from nextscale.eval.images import open_images
+    from nextscale.eval.metrics import METRICS
     from nextscale.eval.scorers import SCORERS
     from nextscale.eval.weights import cache_folder
 

@@ -10,7 +10,6 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
@@ -18,6 +17,7 @@ from nextscale import processes
 from nextscale.errors import UserError
 from nextscale.eval.frechet import Moments
 from nextscale.eval.images import Images
+from nextscale.eval.scores import SplitProbabilities
 
 T = TypeVar("T")
 
@@ -40,50 +40,6 @@ class Network(Protocol):
     def fingerprint(self) -> dict[str, str]:
         """What two sets of features must share to be compared."""
         ...
-
-
-@dataclass
-class SplitProbabilities:
-    """Sums for the Inception score by splits of the set, whatever the batches.
-
-    Attributes:
-        marginal: Sum of p(y|x), [splits, classes], float64.
-        negentropy: Sum of sum_y p log p, [splits].
-        counts: Pictures per split.
-    """
-
-    marginal: Float[Tensor, "s v"]
-    negentropy: Float[Tensor, " s"]
-    counts: Float[Tensor, " s"]
-
-    @classmethod
-    def empty(cls, splits: int, classes: int) -> SplitProbabilities:
-        """No pictures yet."""
-        zero = torch.zeros(splits, dtype=torch.float64)
-        return cls(torch.zeros(splits, classes, dtype=torch.float64), zero, zero.clone())
-
-    def add(self, logits: Tensor, splits: np.ndarray) -> None:
-        """Pictures, and the split that each belongs to."""
-        log_p = logits.double().cpu().log_softmax(dim=1)
-        p, index = log_p.exp(), torch.from_numpy(splits)
-        self.marginal.index_add_(0, index, p)
-        self.negentropy.index_add_(0, index, (p * log_p).sum(dim=1))
-        self.counts.index_add_(0, index, torch.ones(len(splits), dtype=torch.float64))
-
-    def merge(self, other: SplitProbabilities) -> SplitProbabilities:
-        """Sums of both."""
-        return SplitProbabilities(
-            self.marginal + other.marginal,
-            self.negentropy + other.negentropy,
-            self.counts + other.counts,
-        )
-
-    def score(self) -> tuple[float, float]:
-        """Mean and population standard deviation over the splits."""
-        mean = self.marginal / self.counts[:, None]
-        entropy = -torch.special.xlogy(mean, mean).sum(dim=1)
-        values = (self.negentropy / self.counts + entropy).exp()
-        return float(values.mean()), float(values.std(correction=0))
 
 
 @dataclass

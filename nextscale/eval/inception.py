@@ -36,8 +36,8 @@ class Inception:
         weights: State dict of either public file (torch-fidelity's or pytorch-fid's).
         protocol: Its name.
         device: Where to run.
-        precision: "float32" (TF32 off), or "bf16": 2 to 3 times faster on CPUs with AMX and on
-            GPUs, features off by 4e-3, so FID by a percent or two; never mix the two.
+        precision: "float32" (TF32 off), or "bf16": about twice as fast on CPUs with AMX,
+            features off by less than 1e-2 (relative, a test); never mix the two.
     """
 
     def __init__(

@@ -14,6 +14,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from nextscale.errors import UserError
+from nextscale.eval.scores import consecutive_splits
 
 SIDE = 299  # what Inception sees
 
@@ -69,12 +70,10 @@ def inception_splits(protocol: Protocol, count: int) -> np.ndarray:
     """
     if protocol.name == "adm":
         return np.arange(count) // 5000
-    splits = min(10, count)
-    borders = [(i + 1) * count // splits for i in range(splits)]
-    place = np.arange(count)
+    splits = consecutive_splits(count, min(10, count))
     if protocol.name in ("torch-fidelity", "torchmetrics"):
-        place = np.argsort(np.random.RandomState(2020).permutation(count))
-    return np.searchsorted(borders, place, side="right")
+        return splits[np.argsort(np.random.RandomState(2020).permutation(count))]
+    return splits
 
 
 def prepare(

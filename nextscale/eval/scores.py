@@ -2,15 +2,62 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from nextscale.errors import UserError
 from nextscale.eval.frechet import Array, as_float64
+
+
+@dataclass
+class SplitProbabilities:
+    """Sums for the Inception score by splits of the set, whatever the batches.
+
+    Attributes:
+        marginal: Sum of p(y|x), [splits, classes], float64.
+        negentropy: Sum of sum_y p log p, [splits].
+        counts: Pictures per split.
+    """
+
+    marginal: Float[Tensor, "s v"]
+    negentropy: Float[Tensor, " s"]
+    counts: Float[Tensor, " s"]
+
+    @classmethod
+    def empty(cls, splits: int, classes: int) -> SplitProbabilities:
+        """No pictures yet."""
+        zero = torch.zeros(splits, dtype=torch.float64)
+        return cls(torch.zeros(splits, classes, dtype=torch.float64), zero, zero.clone())
+
+    def add(self, logits: Tensor, splits: np.ndarray) -> None:
+        """Pictures, and the split that each belongs to."""
+        log_p = logits.double().cpu().log_softmax(dim=1)
+        p, index = log_p.exp(), torch.from_numpy(splits)
+        self.marginal.index_add_(0, index, p)
+        self.negentropy.index_add_(0, index, (p * log_p).sum(dim=1))
+        self.counts.index_add_(0, index, torch.ones(len(splits), dtype=torch.float64))
+
+    def merge(self, other: SplitProbabilities) -> SplitProbabilities:
+        """Sums of both."""
+        return SplitProbabilities(
+            self.marginal + other.marginal,
+            self.negentropy + other.negentropy,
+            self.counts + other.counts,
+        )
+
+    def score(self) -> tuple[float, float]:
+        """Mean and population standard deviation over the splits."""
+        mean = self.marginal / self.counts[:, None]
+        entropy = -torch.special.xlogy(mean, mean).sum(dim=1)
+        values = (self.negentropy / self.counts + entropy).exp()
+        return float(values.mean()), float(values.std(correction=0))
 
 
 def inception_score(logits: Array, splits: int = 10) -> tuple[float, float]:
@@ -31,17 +78,18 @@ def inception_score(logits: Array, splits: int = 10) -> tuple[float, float]:
     Raises:
         UserError: If there are fewer rows than splits.
     """
-    log_p = as_float64(logits).log_softmax(dim=1)
-    count = len(log_p)
-    if not 1 <= splits <= count:
-        raise UserError(f"splits is {splits}, but must lie in 1..{count}, the number of images")
-    borders = [i * count // splits for i in range(splits + 1)]
-    values = []
-    for start, stop in itertools.pairwise(borders):
-        part = log_p[start:stop]
-        marginal = part.logsumexp(dim=0) - np.log(stop - start)
-        values.append(float(((part.exp() * (part - marginal)).sum(dim=1)).mean().exp()))
-    return float(np.mean(values)), float(np.std(values))
+    rows = as_float64(logits)
+    if not 1 <= splits <= len(rows):
+        raise UserError(f"splits is {splits}, but must lie in 1..{len(rows)}, the number of images")
+    sums = SplitProbabilities.empty(splits, rows.shape[1])
+    sums.add(rows, consecutive_splits(len(rows), splits))
+    return sums.score()
+
+
+def consecutive_splits(count: int, splits: int) -> np.ndarray:
+    """The split of each of `count` rows, int64 [count]; borders lie at floor(i count / splits)."""
+    borders = [(i + 1) * count // splits for i in range(splits)]
+    return np.searchsorted(borders, np.arange(count), side="right")
 
 
 def clip_scores(cosines: Array) -> dict[str, float]:

@@ -15,10 +15,11 @@ from PIL import Image
 from tiny_network import TinyNetwork, pictures
 
 from nextscale.errors import UserError
-from nextscale.eval.evaluate import METRICS, evaluate
+from nextscale.eval.evaluate import evaluate
 from nextscale.eval.features import extract
 from nextscale.eval.frechet import Moments, frechet_distance
 from nextscale.eval.images import open_images
+from nextscale.eval.metrics import METRICS
 from nextscale.eval.scores import inception_score
 from nextscale.eval.statistics import (
     read_statistics,
@@ -194,7 +195,8 @@ WORKER = """
 import json, sys
 import torch.distributed as dist
 from tiny_network import TinyNetwork, pictures
-from nextscale.eval.evaluate import METRICS, evaluate
+from nextscale.eval.evaluate import evaluate
+from nextscale.eval.metrics import METRICS
 dist.init_process_group("gloo")
 record = evaluate(pictures(53, 1), pictures(41, 2), network=TinyNetwork(), metrics=tuple(METRICS))
 if dist.get_rank() == 0:

@@ -133,7 +133,7 @@ def test_bf16_is_close_and_labelled(inception_weights) -> None:
     pictures = random_pictures(256, 256)
     exact = Inception(inception_weights)
     half = Inception(inception_weights, precision="bf16")
-    assert 1e-5 < relative(half(pictures)["pool"], exact(pictures)["pool"]) < 3e-2
+    assert 1e-5 < relative(half(pictures)["pool"], exact(pictures)["pool"]) < 1e-2
     assert half.fingerprint() != exact.fingerprint()
     with pytest.raises(UserError, match='precision is "fp8"'):
         Inception(inception_weights, precision="fp8")
