@@ -35,8 +35,8 @@ BATCH, WORKERS = 32, 2
 
 
 def ours(folder: Path, precision: str) -> float:
-    from nextscale.eval.evaluate import evaluate
     from nextscale.eval.inception import Inception, read_weights
+    from nextscale.eval.measure import evaluate
 
     keep_freed_memory()  # as the command line does
     network = Inception(read_weights(folder / "inception.pth"), precision=precision)

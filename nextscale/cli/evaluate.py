@@ -5,20 +5,24 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import tyro
 
 from nextscale import processes, storage
 from nextscale.cli.console import Output, number, table
+from nextscale.cli.eval_sources import (
+    open_inception,
+    open_lpips,
+    open_networks,
+    open_reference,
+    open_samples,
+)
 from nextscale.cli.flags import parse
-from nextscale.cli.ranks import pick_device, process_group
-from nextscale.cli.recipes import to_yaml
+from nextscale.cli.model_flags import SamplingFlags
+from nextscale.cli.ranks import process_group
+from nextscale.cli.recipes import read_recipe, recipe_flags, recipe_names, to_yaml
 from nextscale.errors import UserError
-
-if TYPE_CHECKING:
-    from nextscale.eval.images import Images
-    from nextscale.eval.inception import Inception
 
 ProtocolName = Literal["adm", "torch-fidelity", "clean", "pytorch-fid", "torchmetrics"]
 
@@ -67,41 +71,72 @@ class NetworkFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig(NetworkFlags):
+class EvalConfig(SamplingFlags, NetworkFlags):
     """Flags of `nextscale eval`."""
 
     samples: str | None = None
-    """Pictures: a folder, .npz with arr_0, .npy, .tar or .parquet."""
+    """Pictures: a folder, .npz with arr_0, .npy, .zip, .tar or .parquet; or a built-in world
+    (scenes, digits): its true pictures, which no model can beat."""
+    resolution: int = 64
+    """Side of a built-in world's pictures."""
     model: str | None = None
-    """Draw the pictures with this model instead (bundled name, folder or hub id), unwritten."""
+    """Draw the pictures with this model instead (bundled name, folder or hub id)."""
     benchmark: Literal["standard", "compositional", "hard"] = "standard"
     """With --model: the captions that a scenes model draws."""
+    reconstruct: str | None = None
+    """With --model: measure what its tokenizer makes of the validation pictures of this dataset,
+    against these pictures."""
     num_images: int | None = None
-    """With --model: pictures; None: one per caption, 50 per class."""
+    """Pictures of --model (None: one per caption, 50 per class) or of a built-in world."""
     seed: int = 0
     """With --model: picture i is drawn with seed + i."""
+    save_images: str | None = None
+    """With --model: keep the drawn pictures as PNGs in this folder; a killed run goes on there."""
     prompts: str | None = None
     """With --samples: text file, the prompt of each picture, one per line; None: what the pictures
     or their metadata.jsonl say."""
     reference: str | None = None
-    """Pictures to compare with, or .npz statistics (of `eval stats`, ADM, pytorch-fid)."""
+    """Pictures to compare with, or .npz statistics (of `eval stats`, ADM, pytorch-fid), or a
+    built-in world (scenes, digits)."""
+    num_reference: int = 5000
+    """Pictures of a reference that is a built-in world."""
     metrics: tuple[str, ...] = ("fid",)
-    """fid sfid isc kid prc vendi, checker checker_statements (scenes captions); or psnr ssim
-    ms_ssim of picture i against original i."""
+    """Inception: fid sfid isc kid prc vendi rfid. Own features: fd_X kid_X prc_X vendi_X for X in
+    scenes, clip, dinov2; cmmd. By prompt: clip, checker, checker_statements (scenes). Pair by pair:
+    psnr ssim ms_ssim lpips."""
+    preset: Literal["scenes", "tokenizer", "var-imagenet256"] | None = None
+    """A whole benchmark (recipes eval-...); flags after it win."""
     k: int = 3
     """Neighbours of precision and recall."""
     se: Literal["jackknife", "none"] = "jackknife"
     """Standard error of Fréchet distances."""
+    features_model: str = "scenes-features"
+    """Feature network of fd_scenes and its relatives; a folder of `train features`."""
+    clip_model: str | None = None
+    """scenes-clip (bundled), an open_clip model folder, or a name of open_clip's list, such as
+    ViT-L-14-quickgelu; None: what each metric was published with."""
+    clip_weights: str | None = None
+    """File of its weights; None: NEXTSCALE_CLIP, then the hub's cache."""
+    dinov2_weights: str | None = None
+    """timm's file of DINOv2 ViT-L/14; None: NEXTSCALE_DINOV2, then the hub's cache."""
+    lpips_weights: str | None = None
+    """torchvision's file of AlexNet; None: NEXTSCALE_ALEXNET, then the caches."""
     cache: bool = True
     """Keep the statistics of reference files, by their content, in NEXTSCALE_CACHE or the user's
     cache folder; --no_cache computes them anew."""
+    plot: str | None = None
+    """Folder for pictures of the result: a map of the features, the best and worst pictures, a
+    table by class."""
     output: str | None = None
     """Write the whole record as JSON."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.samples is None) == (self.model is None):
-            raise UserError("pass --samples FOLDER or --model NAME: what is to be measured.")
+        for name in ("reconstruct", "save_images"):
+            if getattr(self, name) is not None and self.samples is not None:
+                raise UserError(f"--{name} goes with --model, not with --samples")
+        if self.num_reference < 2:
+            raise UserError(f"num_reference must be 2 or more, got {self.num_reference}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +144,7 @@ class StatsConfig(NetworkFlags):
     """Flags of `nextscale eval stats`."""
 
     samples: str
-    """Pictures: a folder, .npz with arr_0, .npy, .tar or .parquet."""
+    """Pictures: a folder, .npz with arr_0, .npy, .zip, .tar or .parquet."""
     output: str
     """The .npz."""
 
@@ -145,7 +180,12 @@ def run(command: str, arguments: list[str]) -> int:
         "eval compare": CompareConfig,
     }[command]
     config, output = parse(
-        command, settings, arguments, about=ABOUT[command], example=EXAMPLE[command]
+        command,
+        settings,
+        arguments,
+        about=ABOUT[command],
+        example=EXAMPLE[command],
+        expand=_expand_preset if command == "eval" else list,
     )
     if output.print_config:
         print(to_yaml(command, asdict(config)), end="")
@@ -155,43 +195,71 @@ def run(command: str, arguments: list[str]) -> int:
     return 0
 
 
+def _expand_preset(words: list[str]) -> list[str]:
+    """Put the flags of a preset, which is a recipe, before the user's own."""
+    for index, word in enumerate(words):
+        key, equals, value = word.partition("=")
+        if key == "--preset":
+            name = f"eval-{value if equals else next(iter(words[index + 1 :]), '')}"
+            if name in recipe_names():
+                values = read_recipe(name, "eval")
+                if any(w.startswith("--samples") for w in words):
+                    values.pop("model", None)
+                return [*recipe_flags(values, EvalConfig), *words]
+    return words
+
+
 def _evaluate(config: EvalConfig, output: Output) -> None:
-    from nextscale.eval.evaluate import check_request, evaluate
-    from nextscale.eval.images import open_images
+    from nextscale.eval.measure import check_request, measure
     from nextscale.eval.metrics import METRICS
-    from nextscale.eval.scorers import SCORERS
+    from nextscale.eval.published import PUBLISHED
     from nextscale.eval.weights import cache_folder
 
-    check_request(config.metrics, config.reference, config.k)
+    if (config.samples is None) == (config.model is None):
+        raise UserError("pass --samples FOLDER or --model NAME: what is to be measured.")
+    given = config.reference if config.reconstruct is None else config.reconstruct
+    check_request(config.metrics, given, config.k)
+    asked = [METRICS[name] for name in config.metrics]
     with process_group():
-        prompts, about = None, {}
-        if config.samples is not None:
-            images = open_images(config.samples)
-            if set(config.metrics) & set(SCORERS):
-                prompts = _prompts(config, images)
-        else:
-            images, prompts, about = _drawn(config)
-        record = evaluate(
-            images,
-            config.reference,
-            network=_network(config, output) if set(config.metrics) & set(METRICS) else None,
-            prompts=prompts,
+        source = open_samples(config, prompts=any(metric.prompts for metric in asked))
+        reference = open_reference(config, source)
+        warnings: list[str] = []
+        if config.preset in PUBLISHED:
+            warnings += PUBLISHED[config.preset].check(source.images, reference)
+        network, of_samples, about_prompts = open_networks(config, source.prompts, output)
+        taps = [metric.tap for metric in asked if metric.moments or metric.rows]
+        own = [] if network is None else [tap for tap in taps if tap in network.taps]
+        measured = measure(
+            source.images,
+            reference,
+            network=network,
+            sample_networks=of_samples,
+            prompts=source.prompts,
+            lpips=open_lpips(config),
             metrics=config.metrics,
-            protocol=config.protocol,
             k=config.k,
             jackknife=config.se == "jackknife",
             batch_size=config.batch_size,
             num_workers=config.num_workers,
             cache=cache_folder() / "statistics" if config.cache else None,
+            keep=[tap for tap in own[:1] if config.plot and tap != "cosine"],
             progress=output.bar(),
         )
-    record["manifest"] |= about
+    record = measured.record
+    record["warnings"] = [*warnings, *about_prompts, *record["warnings"]]
+    record["manifest"] |= source.about
+    record["manifest"]["preset"] = config.preset
     record["manifest"]["command"] = " ".join(["nextscale", "eval", *sys.argv[2:]])
     record["valid"] = config.random_weights is None
     if not processes.is_main():
         return
     if config.output is not None:
         storage.write_json(config.output, record)
+    drawn = []
+    if config.plot is not None:
+        from nextscale.eval.plots import draw_plots
+
+        drawn = draw_plots(measured, Path(config.plot))
     if output.json:
         output.figures(record)
         return
@@ -200,69 +268,8 @@ def _evaluate(config: EvalConfig, output: Output) -> None:
     if not output.quiet:
         rows = [_row(name, entry) for name, entry in record["metrics"].items()]
         table(("metric", "value", "± se", "n", "n_ref", "better"), rows)
-
-
-def _prompts(config: EvalConfig, images: Images) -> list[str]:
-    """From the file, the dataset's captions, or what `nextscale generate` wrote into the PNGs."""
-    from nextscale.cli.job import read_metadata
-    from nextscale.eval.images import FileImages
-
-    if config.prompts is not None:
-        try:
-            lines = Path(config.prompts).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read prompts {config.prompts}: {error}") from error
-        return [line.strip() for line in lines if line.strip()]
-    captions = images.captions() if isinstance(images, FileImages) else None
-    if captions is not None:
-        return captions
-    found = [read_metadata(Path(images.name(row))).get("prompt") for row in range(len(images))]
-    missing = next((row for row, prompt in enumerate(found) if prompt is None), None)
-    if missing is not None:
-        raise UserError(
-            f"{images.name(missing)} does not say its prompt: pass --prompts FILE, one line per "
-            "picture, or a folder with metadata.jsonl"
-        )
-    return [str(prompt) for prompt in found]
-
-
-def _drawn(config: EvalConfig) -> tuple[Images, list[str] | None, dict[str, Any]]:
-    """The pipeline as a source of pictures, its prompts, and what the record says of it."""
-    from nextscale.cli.loading import read_model
-    from nextscale.data.benchmark import load_benchmark
-    from nextscale.data.images import to_uint8
-    from nextscale.eval.images import open_images
-    from nextscale.pipeline import NextScalePipeline
-
-    assert config.model is not None
-    pipe = NextScalePipeline.from_pretrained(config.model, device=pick_device(config.device))
-    conditioner = pipe.transformer.conditioner
-    prompts: list[str] | None = None
-    if conditioner.prompts:
-        prompts = load_benchmark(config.benchmark)
-        count = config.num_images or len(prompts)
-        prompts = [prompts[i % len(prompts)] for i in range(count)]
-        conditions: dict[str, list[Any]] = {"prompt": prompts}
-    else:
-        classes = conditioner.config()["num_classes"]
-        count = config.num_images or 50 * classes
-        conditions = {"class_labels": [i * classes // count for i in range(count)]}
-
-    def draw(start: int, number: int) -> Any:
-        given: dict[str, Any] = {
-            key: values[start : start + number] for key, values in conditions.items()
-        }
-        seeds = [config.seed + i for i in range(start, start + number)]
-        images = pipe(**given, seed=seeds, output_type="pt").images
-        return to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
-
-    about = {
-        "model": config.model,
-        "weights": read_model(config.model).weights(),
-        "generation": {**asdict(pipe.generation), "seed": config.seed},
-        "captions": config.benchmark if prompts else None,
-    }
-    return open_images(draw, count), prompts, about
+        for path in drawn:
+            output.say(f"plot: {path}")
 
 
 def _row(name: str, entry: dict[str, Any]) -> tuple[str, ...]:
@@ -273,15 +280,15 @@ def _row(name: str, entry: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _stats(config: StatsConfig, output: Output) -> None:
-    from nextscale.eval.evaluate import warnings_of
     from nextscale.eval.features import extract
     from nextscale.eval.images import open_images
+    from nextscale.eval.measure import warnings_of
     from nextscale.eval.statistics import save_statistics, statistics_of
 
     if Path(config.output).suffix != ".npz":
         raise UserError(f"--output must end in .npz, got {config.output}")
     with process_group():
-        network = _network(config, output)
+        network = open_inception(config, output)
         images = open_images(config.samples)
         features = extract(
             images,
@@ -298,19 +305,6 @@ def _stats(config: StatsConfig, output: Output) -> None:
         save_statistics(statistics, config.output)
         text = f"statistics of {features.count} pictures [{config.protocol}] in {config.output}"
         output.figures({"output": config.output, "count": features.count}, text)
-
-
-def _network(config: NetworkFlags, output: Output) -> Inception:
-    from nextscale.eval.inception import Inception, random_weights, read_weights
-    from nextscale.eval.weights import INCEPTION, find_weights
-
-    if config.random_weights is not None:
-        output.note("warning: random weights; the figures mean nothing")
-        weights = random_weights(config.random_weights)
-    else:
-        weights = read_weights(find_weights(INCEPTION, config.weights, download=config.download))
-    device = pick_device(config.device)
-    return Inception(weights, config.protocol, device=device, precision=config.precision)
 
 
 def _pack(config: PackConfig, output: Output) -> None:

@@ -1,4 +1,4 @@
-"""`nextscale train {tokenizer,var}`."""
+"""`nextscale train {tokenizer,var,features,clip}`."""
 
 from __future__ import annotations
 
@@ -20,10 +20,15 @@ ABOUT = {
     "accelerate launch -m nextscale train tokenizer ...",
     "train var": "Train or fine-tune a next-scale transformer on class labels or captions. Runs "
     "under accelerate launch and torchrun: accelerate launch -m nextscale train var ...",
+    "train features": "Train a small feature network for Fréchet distances on your own kind of "
+    "pictures.",
+    "train clip": "Train a small CLIP on pictures with captions.",
 }
 EXAMPLE = {
     "train tokenizer": "nextscale train tokenizer --config digits-tokenizer --output_dir runs/tok",
     "train var": "nextscale train var --config digits-var --output_dir runs/var",
+    "train features": "nextscale train features --config scenes-features --output_dir runs/f",
+    "train clip": "nextscale train clip --config scenes-clip --output_dir runs/clip",
 }
 
 
@@ -35,6 +40,12 @@ def run(command: str, arguments: list[str]) -> int:
     if command == "train tokenizer":
         from nextscale.tokenizers.train import TokenizerTrainingConfig as settings
         from nextscale.tokenizers.train import train_tokenizer as train
+    elif command == "train features":
+        from nextscale.eval.train import FeaturesTrainingConfig as settings
+        from nextscale.eval.train import train_features as train
+    elif command == "train clip":
+        from nextscale.eval.train import ClipTrainingConfig as settings
+        from nextscale.eval.train import train_clip as train
     else:
         from nextscale.var.train import TransformerTrainingConfig as settings
         from nextscale.var.train import train_transformer as train

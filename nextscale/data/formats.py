@@ -11,6 +11,7 @@ from typing import Literal
 from nextscale.data.readers import FolderReader, NpzReader, Reader, read_folder, read_metadata
 from nextscale.data.tables import VALIDATION_NAMES, open_table
 from nextscale.data.tars import TarReader, expand_tars
+from nextscale.data.zips import ZipReader
 from nextscale.errors import UserError
 
 Split = Literal["train", "validation", "all"]
@@ -45,6 +46,9 @@ def find_reader(dataset: str, split: Split, columns: Columns) -> tuple[Reader, b
     if path.suffix == ".npz":
         _refuse_columns(dataset, columns)
         return NpzReader(path), False
+    if path.suffix == ".zip":
+        _refuse_columns(dataset, columns)
+        return ZipReader(path), False
     if path.suffix == ".tar":
         return _open_tars({"train": expand_tars(dataset)}, split, columns)
     if path.suffix == ".parquet":
@@ -53,7 +57,7 @@ def find_reader(dataset: str, split: Split, columns: Columns) -> tuple[Reader, b
         return _open_table(dataset, split, columns)
     raise UserError(
         f'there is no dataset "{dataset}". Use scenes, digits, a folder of images, a .parquet, '
-        ".tar or .npz file, or a hub id such as OWNER/NAME."
+        ".tar, .zip or .npz file, or a hub id such as OWNER/NAME."
     )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from nextscale.data.formats import Columns, Split, find_reader
 from nextscale.data.images import BadImage, Crop, fit_to
 from nextscale.data.readers import Reader
-from nextscale.data.scenes import CLASS_NAMES, render, sample_scene
+from nextscale.data.scenes import CLASS_NAMES, Scene, render, sample_scene
 from nextscale.errors import UserError, missing_extra
 from nextscale.streams import batch_indices, stream
 
@@ -30,6 +30,7 @@ SCENES_LENGTH = 1_000_000
 SCENES_SEEDS = {"train": 0, "validation": 1, "all": 0}
 HELD_OUT_SHARE = 0.05  # of a dataset that brings no validation part of its own
 MAX_HELD_OUT = 2000
+ALL_PAIRS_EVERY = 5  # so that the held-out pairs are about as frequent as the others
 
 
 @dataclass(frozen=True)
@@ -101,12 +102,14 @@ def open_source(
     | `dataset` | kind |
     |---|---|
     | scenes | the procedural world, labels and captions |
+    | scenes-all | the same with the (colour, shape) pairs that scenes holds out, for evaluators |
     | digits | handwritten digits of scikit-learn, labels |
     | folder of class folders | labels, one class per subfolder in sorted order |
     | folder with metadata.jsonl | `file_name`, and `text`, `label` where present |
     | any other folder of images | no labels |
     | .parquet file, folder of them, hub id OWNER/NAME[:CONFIG] | columns, see below |
     | .tar file, pattern such as "train-{000..009}.tar", folder of them | WebDataset |
+    | .zip of images | as a folder; the first folder in it is the class |
     | .npz | arr_0 uint8 [n, h, w, 3], labels in arr_1 where present |
 
     A folder with subfolders (or a table with splits) called train and validation, val or test is
@@ -122,7 +125,7 @@ def open_source(
         caption_column: Column of captions; "text", then "caption", if the dataset has one.
         num_classes: Refuse labels outside [0, num_classes); None takes what the data has.
         seed: Keys the random crops. It does not change which picture an index names.
-        num_images: Use only the first so many pictures of the split; the length of "scenes"
+        num_images: Use only the first so many pictures of the split; the length of scenes
             (default 1,000,000).
         strict: Fail on a file that is no image instead of skipping it.
         crop: "random", "center" or "none" (squeeze); by default random for the training split.
@@ -142,10 +145,15 @@ def open_source(
         raise UserError(f'split must be one of {", ".join(SCENES_SEEDS)}, got "{split}".')
     if num_images is not None and num_images < 1:
         raise UserError(f"num_images must be 1 or more, got {num_images}.")
-    if dataset in ("scenes", "digits"):
+    if dataset in ("scenes", "scenes-all", "digits"):
         source: ImageSource
-        if dataset == "scenes":
-            source = ScenesSource(resolution, SCENES_SEEDS[split], num_images or SCENES_LENGTH)
+        if dataset != "digits":
+            source = ScenesSource(
+                resolution,
+                SCENES_SEEDS[split],
+                num_images or SCENES_LENGTH,
+                all_pairs=dataset == "scenes-all",
+            )
         else:
             source = DigitsSource(resolution, split, num_images)
         _check_class_count(dataset, source.num_classes, num_classes)
@@ -187,13 +195,21 @@ def _rows(count: int, split: Split) -> np.ndarray:
 
 
 class ScenesSource:
-    """The endless scenes world, cut to a length."""
+    """The endless scenes world, cut to a length; each batch has the scenes as `extra["scene"]`."""
 
     num_classes: int | None = len(CLASS_NAMES)
     has_captions = True
 
-    def __init__(self, resolution: int, scene_seed: int, length: int = SCENES_LENGTH) -> None:
+    def __init__(
+        self,
+        resolution: int,
+        scene_seed: int,
+        length: int = SCENES_LENGTH,
+        *,
+        all_pairs: bool = False,
+    ) -> None:
         self.resolution = resolution
+        self.all_pairs = all_pairs
         self.scene_seed = scene_seed
         self.class_names: list[str] | None = list(CLASS_NAMES)
         self.skipped: list[str] = []
@@ -205,18 +221,22 @@ class ScenesSource:
     def load(self, indices: np.ndarray, *, step: int = 0) -> Batch:
         """Draw scenes `indices`; `step` plays no part."""
         indices = _checked(indices, len(self))
-        scenes = [sample_scene(self.scene_seed, i) for i in indices]
+        scenes = [self._scene(i) for i in indices]
         return Batch(
             _to_tensor(render(scenes, self.resolution)),
             _label_tensor([scene.class_label for scene in scenes]),
             [str(scene.caption) for scene in scenes],
             [f"scenes/{self.scene_seed}/{i}" for i in indices],
+            {"scene": scenes},
         )
 
     def captions(self, indices: np.ndarray) -> list[str]:
         """The captions of scenes `indices`, without drawing them."""
-        found = (sample_scene(self.scene_seed, i).caption for i in _checked(indices, len(self)))
-        return [str(caption) for caption in found]
+        return [str(self._scene(i).caption) for i in _checked(indices, len(self))]
+
+    def _scene(self, index: int) -> Scene:
+        held_out = self.all_pairs and index % ALL_PAIRS_EVERY == 0
+        return sample_scene(self.scene_seed, index, held_out=held_out)
 
 
 class DigitsSource:

@@ -1,10 +1,12 @@
 """Images -> numbers with their protocol."""
 
 from nextscale.eval.frechet import frechet_distance
+from nextscale.eval.measure import evaluate
 from nextscale.eval.pairwise import kernel_distance, precision_recall, vendi_score
 from nextscale.eval.scores import inception_score
 
 __all__ = [
+    "evaluate",
     "frechet_distance",
     "inception_score",
     "kernel_distance",

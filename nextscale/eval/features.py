@@ -29,17 +29,36 @@ class Network(Protocol):
 
     Attributes:
         taps: Width of each kind of features, by name.
+        labels: What stands in brackets behind figures on a tap, such as the protocol.
     """
 
     taps: Mapping[str, int]
+    labels: Mapping[str, str]
 
     def __call__(self, images: Sequence[np.ndarray], indices: Sequence[int]) -> dict[str, Tensor]:
-        """float32 [b, d] per tap, of the pictures `indices` of the set."""
+        """float32 (scores of pairs: float64) [b, d] per tap, of pictures `indices` of the set."""
         ...
 
     def fingerprint(self) -> dict[str, str]:
         """What two sets of features must share to be compared."""
         ...
+
+
+class Joined:
+    """Several networks over the same pictures."""
+
+    def __init__(self, networks: Sequence[Network]) -> None:
+        self.networks = networks
+        self.taps: Mapping[str, int] = {k: v for n in networks for k, v in n.taps.items()}
+        self.labels: Mapping[str, str] = {k: v for n in networks for k, v in n.labels.items()}
+
+    def __call__(self, images: Sequence[np.ndarray], indices: Sequence[int]) -> dict[str, Tensor]:
+        """The taps of all."""
+        return {k: v for n in self.networks for k, v in n(images, indices).items()}
+
+    def fingerprint(self) -> dict[str, str]:
+        """Of all."""
+        return {k: v for n in self.networks for k, v in n.fingerprint().items()}
 
 
 @dataclass
@@ -123,7 +142,7 @@ def extract(
             for tap in {*moments, *rows}:
                 _check_finite(taps[tap], indices, images, tap)
             for tap in rows:
-                kept[tap].append(taps[tap].float().cpu().numpy())
+                kept[tap].append(taps[tap].cpu().numpy())
             for tap in moments:
                 _buffer(buffers[tap], found.blocks[tap], taps[tap], indices)
             if found.probabilities is not None and splits is not None:

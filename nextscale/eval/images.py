@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
+from nextscale import storage
 from nextscale.data.formats import Columns, find_reader
-from nextscale.data.images import BadImage
+from nextscale.data.images import BadImage, decode
 from nextscale.data.readers import FolderReader, Reader
 from nextscale.data.tars import expand_tars
 from nextscale.errors import UserError
@@ -54,7 +57,7 @@ class FileImages:
         if not Path(path).exists() and "{" not in str(path):
             raise UserError(
                 f"there is no file or folder {path}. Give a folder of pictures, or an .npz, .npy, "
-                ".tar or .parquet."
+                ".zip, .tar or .parquet."
             )
         self.reader: Reader = find_reader(str(path), "all", Columns())[0]
         names = [self.reader.name(row) for row in range(len(self.reader))]
@@ -125,13 +128,41 @@ class ArrayImages:
 
 
 class DrawnImages:
-    """Pictures that a function draws, in batches of consecutive indices."""
+    """Pictures that a function draws, in batches of consecutive indices.
+
+    Args:
+        draw: The function.
+        count: Of pictures.
+        folder: Keep them there as PNGs, and draw only those that are not there yet.
+        about: What they are drawn by; a folder of other pictures is refused.
+    """
 
     labels: np.ndarray | None = None
     parallel = False
 
-    def __init__(self, draw: Function, count: int) -> None:
-        self.draw, self.count = draw, count
+    def __init__(
+        self,
+        draw: Function,
+        count: int,
+        folder: Path | None = None,
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.draw, self.count, self.folder = draw, count, folder
+        if folder is None:
+            return
+        with storage.os_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        mark, what = folder / "source.json", json.loads(json.dumps(dict(about or {})))
+        if mark.is_file():
+            if storage.read_json(mark) != what:
+                raise UserError(
+                    f"{folder} holds pictures of another model or other settings (source.json): "
+                    "take another folder"
+                )
+        elif any(folder.iterdir()):
+            raise UserError(f"{folder} is not empty: take another folder")
+        else:
+            storage.write_json(mark, what)
 
     def __len__(self) -> int:
         return self.count
@@ -141,7 +172,19 @@ class DrawnImages:
         return f"generated picture {index}"
 
     def load(self, rows: Sequence[int]) -> list[np.ndarray]:
-        """Draw rows[0], rows[0] + 1, ..."""
+        """Draw rows[0], rows[0] + 1, ..., or read what an earlier run has drawn."""
+        if self.folder is None:
+            return self._draw(rows)
+        paths = [self.folder / f"{row:06d}.png" for row in rows]
+        if all(path.is_file() for path in paths):
+            return [np.asarray(decode(path)) for path in paths]
+        drawn = self._draw(rows)
+        for path, picture in zip(paths, drawn, strict=True):
+            with storage.atomic(path) as temporary:
+                Image.fromarray(picture).save(temporary, format="PNG")
+        return drawn
+
+    def _draw(self, rows: Sequence[int]) -> list[np.ndarray]:
         pixels = ArrayImages(np.asarray(self.draw(rows[0], len(rows)))).pixels
         if len(pixels) != len(rows):
             raise UserError(f"the source drew {len(pixels)} pictures where {len(rows)} were asked")
@@ -154,8 +197,8 @@ def open_images(
     """Make one interface of what holds pictures.
 
     Args:
-        source: A folder (with subfolders), .npz with arr_0, .npy, .tar or .parquet; an array or
-            tensor uint8 [n, h, w, 3], or a tensor uint8 [n, 3, h, w]; a function f(start, count).
+        source: A folder (with subfolders), .npz with arr_0, .npy, .zip, .tar or .parquet; an array
+            or tensor uint8 [n, h, w, 3], a tensor uint8 [n, 3, h, w]; a function f(start, count).
         count: How many pictures a function draws.
 
     Raises:

@@ -49,6 +49,7 @@ class Inception:
         precision: str = "float32",
     ) -> None:
         self.taps: Mapping[str, int] = TAPS
+        self.labels: Mapping[str, str] = dict.fromkeys(TAPS, protocol)
         self.protocol: Protocol = get_protocol(protocol)
         if precision not in ("float32", "bf16"):
             raise UserError(f'precision is "{precision}", but must be float32 or bf16')

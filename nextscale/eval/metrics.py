@@ -1,4 +1,4 @@
-"""The metrics of the FID family: from the features of both sets to values with their errors."""
+"""The metrics by name: from the features of both sets to values with their errors."""
 
 from __future__ import annotations
 
@@ -13,28 +13,36 @@ from nextscale.errors import UserError
 from nextscale.eval import pairwise
 from nextscale.eval.features import Features
 from nextscale.eval.frechet import Moments, frechet_distance
+from nextscale.eval.reconstruction import PAIRED, psnr
+from nextscale.eval.scorers import SCORERS
 from nextscale.eval.statistics import Statistics
 
 BLOCKS = 20  # of the jackknife
+SPACES = ("scenes", "clip", "dinov2")  # features besides Inception's, each with its family
+CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
 
 
 @dataclass(frozen=True)
 class Metric:
-    """What a metric needs of the features of both sets, and its direction.
+    """What a metric needs of the features of both sets.
 
     Attributes:
         tap: The features it is computed from.
+        compute: (both sets) -> one or more named values.
         moments: It needs mean and covariance.
         rows: It needs the features of every picture.
         reference: It compares with a reference set.
-        compute: (context) -> one or more named values.
+        paired: It compares picture i with original i.
+        prompts: It needs the prompt of every picture.
     """
 
     tap: str
     compute: Callable[[Pair], dict[str, Value]]
     moments: bool = False
     rows: bool = False
-    reference: bool = True
+    reference: bool = False
+    paired: bool = False
+    prompts: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,7 @@ class Pair:
     fake: Features
     real: Features | None
     statistics: Statistics | None
+    prompts: Sequence[str]
     k: int
     seed: int
     progress: bool
@@ -64,27 +73,45 @@ class Pair:
         return self.real.rows[tap], self.fake.rows[tap]
 
 
-def _frechet(pair: Pair, tap: str, name: str) -> dict[str, Value]:
-    assert pair.statistics is not None
-    if tap not in pair.statistics.values:
-        raise UserError(f"{pair.statistics.name} has no statistics of the {tap} features")
-    mean, covariance = pair.statistics.values[tap]
-    whole = pair.fake.moments(tap)
-    if len(mean) != len(whole.mean):
-        raise UserError(
-            f"{pair.statistics.name} has {len(mean)} {tap} features, the network {len(whole.mean)}"
-        )
-
-    def distance(moments: Moments) -> float:
-        return frechet_distance(mean, covariance, moments.mean, moments.covariance)
-
+def mean_value(scores: np.ndarray, clusters: Sequence[Any], **params: Any) -> Value:
+    """Mean over the pictures; the error counts pictures of one cluster (prompt) as one draw."""
+    scores = scores.astype(np.float64)
+    mean = float(scores.mean())
+    sums: dict[Any, float] = {}
+    for cluster, score in zip(clusters, scores, strict=True):
+        sums[cluster] = sums.get(cluster, 0.0) + score - mean
+    squares, count = np.array(list(sums.values())) ** 2, len(sums)
     se = None
-    if len(pair.fake.blocks[tap]) > 1 and whole.count >= 2 * BLOCKS:
-        # Delete-block jackknife; the bootstrap's duplicates would bias the distance upwards.
-        bar = tqdm(pair.fake.blocks[tap], desc=f"{name} error", disable=not pair.progress)
-        without = np.array([distance(whole.without(block)) for block in bar])
-        se = float(np.sqrt((BLOCKS - 1) / BLOCKS * ((without - without.mean()) ** 2).sum()))
-    return {name: Value(distance(whole), False, se)}
+    if count > 1:
+        se = float(np.sqrt(count / (count - 1) * squares.sum()) / len(scores))
+    return Value(mean, True, se, params)
+
+
+def _frechet(name: str, tap: str, *, paired: bool = False) -> Metric:
+    def compute(pair: Pair) -> dict[str, Value]:
+        assert pair.statistics is not None
+        if tap not in pair.statistics.values:
+            raise UserError(f"{pair.statistics.name} has no statistics of the {tap} features")
+        mean, covariance = pair.statistics.values[tap]
+        whole = pair.fake.moments(tap)
+        if len(mean) != len(whole.mean):
+            raise UserError(
+                f"{pair.statistics.name} has {len(mean)} {tap} features, the network "
+                f"{len(whole.mean)}"
+            )
+
+        def distance(moments: Moments) -> float:
+            return frechet_distance(mean, covariance, moments.mean, moments.covariance)
+
+        se = None
+        if len(pair.fake.blocks[tap]) > 1 and whole.count >= 2 * BLOCKS:
+            # Delete-block jackknife; the bootstrap's duplicates would bias the distance upwards.
+            bar = tqdm(pair.fake.blocks[tap], desc=f"{name} error", disable=not pair.progress)
+            without = np.array([distance(whole.without(block)) for block in bar])
+            se = float(np.sqrt((BLOCKS - 1) / BLOCKS * ((without - without.mean()) ** 2).sum()))
+        return {name: Value(distance(whole), False, se)}
+
+    return Metric(tap, compute, moments=True, reference=True, paired=paired)
 
 
 def _inception(pair: Pair) -> dict[str, Value]:
@@ -94,47 +121,107 @@ def _inception(pair: Pair) -> dict[str, Value]:
     return {"isc": Value(mean, True, None, {"splits": splits, "std_over_splits": std})}
 
 
-def _kernel(pair: Pair) -> dict[str, Value]:
-    real, fake = pair.rows("pool")
-    mean, std = pairwise.kernel_distance_subsets(real, fake, seed=pair.seed)
-    size = min(1000, len(real), len(fake))
-    params = {"subsets": 100, "subset_size": size, "std": std}
-    # Subsets that are most of a set hardly differ: their spread says nothing of the error.
-    se = std / 10 if 2 * size <= min(len(real), len(fake)) else None
+def _pairwise(tap: str, suffix: str) -> dict[str, Metric]:
+    """KID, neighbours and Vendi score on one kind of features."""
+
+    def kernel(pair: Pair) -> dict[str, Value]:
+        real, fake = pair.rows(tap)
+        mean, std = pairwise.kernel_distance_subsets(real, fake, seed=pair.seed)
+        size = min(1000, len(real), len(fake))
+        params = {"subsets": 100, "subset_size": size, "std": std}
+        # Subsets that are most of a set hardly differ: their spread says nothing of the error.
+        se = std / 10 if 2 * size <= min(len(real), len(fake)) else None
+        enough = len(fake) >= 2 * BLOCKS
+        error = pairwise.kernel_distance_error(real, fake, BLOCKS) if enough else None
+        return {
+            f"kid{suffix}": Value(mean, False, se, params),
+            f"kid_full{suffix}": Value(pairwise.kernel_distance(real, fake), False, error),
+        }
+
+    def neighbours(pair: Pair) -> dict[str, Value]:
+        found = pairwise.precision_recall(*pair.rows(tap), k=pair.k)
+        params = {"k": pair.k}
+        return {f"{n}{suffix}": Value(v, True, None, params) for n, v in found._asdict().items()}
+
+    def vendi(pair: Pair) -> dict[str, Value]:
+        return {f"vendi{suffix}": Value(pairwise.vendi_score(pair.fake.rows[tap]), True)}
+
     return {
-        "kid": Value(mean, False, se, params),
-        "kid_full": Value(pairwise.kernel_distance(real, fake), False),
+        f"kid{suffix}": Metric(tap, kernel, rows=True, reference=True),
+        f"prc{suffix}": Metric(tap, neighbours, rows=True, reference=True),
+        f"vendi{suffix}": Metric(tap, vendi, rows=True),
     }
 
 
-def _neighbours(pair: Pair) -> dict[str, Value]:
-    found = pairwise.precision_recall(*pair.rows("pool"), k=pair.k)
-    return {name: Value(v, True, None, {"k": pair.k}) for name, v in found._asdict().items()}
+def _cmmd(pair: Pair) -> dict[str, Value]:
+    """Jayasumana et al., arXiv 2401.09603: its biased form, and the unbiased one beside it."""
+    params = {"sigma": CMMD_SIGMA, "scale": CMMD_SCALE}
+    found = pairwise.rbf_distance(*pair.rows("cmmd"), sigma=CMMD_SIGMA)
+    names = ("cmmd", "cmmd_unbiased")
+    return {
+        name: Value(CMMD_SCALE * value, False, None, params)
+        for name, value in zip(names, found, strict=True)
+    }
 
 
-def _vendi(pair: Pair) -> dict[str, Value]:
-    return {"vendi": Value(pairwise.vendi_score(pair.fake.rows["pool"]), True)}
+def _clip(pair: Pair) -> dict[str, Value]:
+    """The published conventions of CLIPScore; see `scores.clip_scores`."""
+    cosines = pair.fake.rows["cosine"][:, 0].astype(np.float64)
+    cosine = mean_value(cosines, pair.prompts)
+    negative = int((cosines < 0).sum())
+    times = 100 * cosine.value
+    se = None if cosine.se is None else 100 * cosine.se
+    return {
+        "clipscore_w2.5": mean_value(2.5 * cosines.clip(min=0), pair.prompts, negative=negative),
+        "clip_x100": Value(max(times, 0.0), True, se),
+        "clip_cosine": cosine,
+    }
 
 
-def mean_score(scores: np.ndarray, prompts: Sequence[str]) -> Value:
-    """Mean over the pictures; the error counts pictures of one prompt as one draw (clusters)."""
-    scores = scores.astype(np.float64)
-    mean = float(scores.mean())
-    clusters: dict[str, float] = {}
-    for prompt, score in zip(prompts, scores, strict=True):
-        clusters[prompt] = clusters.get(prompt, 0.0) + score - mean
-    sums, count = np.array(list(clusters.values())), len(clusters)
-    se = None
-    if count > 1:
-        se = float(np.sqrt(count / (count - 1) * (sums**2).sum()) / len(scores))
-    return Value(mean, True, se, {"prompts": count})
+def _psnr(pair: Pair) -> dict[str, Value]:
+    """On [0, 1] after rounding to uint8; pictures equal to their original are counted apart."""
+    errors = pair.fake.rows["mse"][:, 0]
+    differing = errors[errors > 0]
+    params: dict[str, Any] = {"infinite": len(errors) - len(differing)}
+    if not len(differing):
+        return {"psnr": Value(float("inf"), True, None, params)}
+    # Papers on tokenizers report the mean of the pictures' values, torchmetrics' class this one.
+    params["of_pooled_error"] = float(psnr(errors.mean(keepdims=True))[0])
+    return {"psnr": mean_value(psnr(differing), range(len(differing)), **params)}
+
+
+def _mean_of(name: str, higher_is_better: bool = True) -> Callable[[Pair], dict[str, Value]]:
+    """A score of each picture, averaged; by prompt, where there are prompts."""
+
+    def compute(pair: Pair) -> dict[str, Value]:
+        scores = pair.fake.rows[name][:, 0]
+        params = {"prompts": len(set(pair.prompts))} if pair.prompts else {}
+        found = mean_value(scores, pair.prompts or range(len(scores)), **params)
+        return {name: Value(found.value, higher_is_better, found.se, found.params)}
+
+    return compute
+
+
+def scored(name: str) -> Metric:
+    """The mean of a scorer over the pictures."""
+    return Metric(name, _mean_of(name), rows=True, prompts=True)
 
 
 METRICS: dict[str, Metric] = {
-    "fid": Metric("pool", lambda pair: _frechet(pair, "pool", "fid"), moments=True),
-    "sfid": Metric("spatial", lambda pair: _frechet(pair, "spatial", "sfid"), moments=True),
-    "isc": Metric("logits", _inception, reference=False),
-    "kid": Metric("pool", _kernel, rows=True),
-    "prc": Metric("pool", _neighbours, rows=True),
-    "vendi": Metric("pool", _vendi, rows=True, reference=False),
+    "fid": _frechet("fid", "pool"),
+    "sfid": _frechet("sfid", "spatial"),
+    "rfid": _frechet("rfid", "pool", paired=True),
+    "isc": Metric("logits", _inception),
+    **_pairwise("pool", ""),
+    "cmmd": Metric("cmmd", _cmmd, rows=True, reference=True),
+    "clip": Metric("cosine", _clip, rows=True, prompts=True),
+    **{f"fd_{space}": _frechet(f"fd_{space}", space) for space in SPACES},
+    **{name: m for space in SPACES for name, m in _pairwise(space, f"_{space}").items()},
+    "psnr": Metric("mse", _psnr, rows=True, paired=True),
+    **{
+        name: Metric(name, _mean_of(name, name != "lpips"), rows=True, paired=True)
+        for name in PAIRED
+        if name != "psnr"
+    },
+    **{name: scored(name) for name in SCORERS},
 }

@@ -48,6 +48,31 @@ def kernel_distance(x: Array, y: Array) -> float:
     return within - 2 * _kernel_sum(x, y) / (n * m)
 
 
+def kernel_distance_error(x: Array, y: Array, blocks: int = 20) -> float:
+    """Standard error of `kernel_distance` by the delete-block jackknife over `y`; `x` is fixed.
+
+    Row i of `y` is in block i mod `blocks`. The sums of the kernel over pairs of blocks give all
+    the leave-out values at once.
+
+    Args:
+        x: Features [n, d] of the reference.
+        y: Features [m, d], m at least twice `blocks`.
+        blocks: How many.
+    """
+    x, y = _pair(x, y)
+    parts = [y[block::blocks] for block in range(blocks)]
+    sizes = torch.tensor([len(part) for part in parts], dtype=torch.float64)
+    between = torch.zeros(blocks, blocks, dtype=torch.float64)
+    for a in range(blocks):
+        for b in range(a, blocks):
+            between[a, b] = between[b, a] = _kernel_sum(parts[a], parts[b], diagonal=a != b)
+    cross = torch.tensor([_kernel_sum(x, part) for part in parts], dtype=torch.float64)
+    left = sizes.sum() - sizes
+    own = between.sum() - 2 * between.sum(dim=1) + between.diagonal()
+    values = own / (left * (left - 1)) - 2 * (cross.sum() - cross) / (len(x) * left)
+    return float(((blocks - 1) / blocks * (values - values.mean()).square().sum()).sqrt())
+
+
 def kernel_distance_subsets(
     x: Array, y: Array, *, subsets: int = 100, subset_size: int = 1000, seed: int = 2020
 ) -> tuple[float, float]:

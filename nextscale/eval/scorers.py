@@ -11,7 +11,6 @@ from torch import Tensor
 
 from nextscale.data.checker import Report, check_batch
 from nextscale.data.images import to_uint8
-from nextscale.eval.features import Network
 
 Scorer = Callable[[Float[Tensor, "b 3 h w"], Sequence[str]], Float[Tensor, " b"]]
 """Pictures in [0, 1] and their prompts -> float32 scores, higher is better."""
@@ -33,11 +32,20 @@ SCORERS: dict[str, Scorer] = {"checker": checker, "checker_statements": checker_
 
 
 class Scored:
-    """Scorers as a network: one feature each, so that one pass serves them and the others."""
+    """Scorers as a network: one feature each, so that one pass serves them and the others.
 
-    def __init__(self, scorers: Mapping[str, Scorer], prompts: Sequence[str]) -> None:
+    Args:
+        scorers: By the name of their tap.
+        prompts: Of every picture.
+        label: What stands in brackets behind the figures, such as a model's name.
+    """
+
+    def __init__(
+        self, scorers: Mapping[str, Scorer], prompts: Sequence[str], label: str | None = None
+    ) -> None:
         self.scorers, self.prompts = scorers, prompts
         self.taps: Mapping[str, int] = dict.fromkeys(scorers, 1)
+        self.labels: Mapping[str, str] = {} if label is None else dict.fromkeys(scorers, label)
 
     def __call__(
         self, images: Sequence[np.ndarray], indices: Sequence[int]
@@ -54,24 +62,6 @@ class Scored:
     def fingerprint(self) -> dict[str, str]:
         """Nothing that features of another set would have to share."""
         return {}
-
-
-class Joined:
-    """Several networks over the same pictures."""
-
-    def __init__(self, networks: Sequence[Network]) -> None:
-        self.networks = networks
-        self.taps: Mapping[str, int] = {k: v for n in networks for k, v in n.taps.items()}
-
-    def __call__(
-        self, images: Sequence[np.ndarray], indices: Sequence[int]
-    ) -> dict[str, Float[Tensor, "b _"]]:
-        """The taps of all."""
-        return {k: v for n in self.networks for k, v in n(images, indices).items()}
-
-    def fingerprint(self) -> dict[str, str]:
-        """Of all."""
-        return {k: v for n in self.networks for k, v in n.fingerprint().items()}
 
 
 def _unit(images: Sequence[np.ndarray]) -> Float[Tensor, "b 3 h w"]:

@@ -29,6 +29,23 @@ class WeightFile:
     flag: str
 
 
+@dataclass(frozen=True)
+class HubFile:
+    """A file of a public repository on the Hugging Face hub, which checks it by its hash.
+
+    Attributes:
+        repo: Such as "timm/vit_base_patch32_clip_224.openai".
+        name: Of the file.
+        variable: Environment variable that holds a path.
+        flag: Option that holds a path.
+    """
+
+    repo: str
+    name: str
+    variable: str
+    flag: str
+
+
 INCEPTION = WeightFile(
     names=(
         "weights-inception-2015-12-05-6726825d.pth",
@@ -44,6 +61,13 @@ INCEPTION = WeightFile(
     variable="NEXTSCALE_INCEPTION",
     flag="--weights",
 )
+ALEXNET = WeightFile(
+    names=("alexnet-owt-7be5be79.pth",),
+    urls=("https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",),
+    sha256="7be5be79",
+    variable="NEXTSCALE_ALEXNET",
+    flag="--lpips_weights",
+)
 
 
 def cache_folder() -> Path:
@@ -53,7 +77,9 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nextscale"
 
 
-def find_weights(file: WeightFile, path: str | None = None, *, download: bool = False) -> Path:
+def find_weights(
+    file: WeightFile | HubFile, path: str | None = None, *, download: bool = False
+) -> Path:
     """The file: as named, by the environment, in the caches, else downloaded if `download`.
 
     Args:
@@ -69,6 +95,8 @@ def find_weights(file: WeightFile, path: str | None = None, *, download: bool = 
             if not Path(given).is_file():
                 raise UserError(f"{how} names the file {given}, which is not there")
             return Path(given)
+    if isinstance(file, HubFile):
+        return _from_hub(file, download)
     torch_home = os.environ.get("TORCH_HOME") or Path.home() / ".cache" / "torch"
     folders = [cache_folder(), Path(torch_home) / "hub" / "checkpoints"]
     for folder in folders:
@@ -79,10 +107,27 @@ def find_weights(file: WeightFile, path: str | None = None, *, download: bool = 
         return _download(file, folders[0])
     raise UserError(
         f"the weights {file.names[0]} (SHA-256 {file.sha256}...) are not on this machine: not in "
-        f"{folders[0]} nor {folders[1]}. Get them from {file.urls[0]} or {file.urls[1]} and pass "
+        f"{folders[0]} nor {folders[1]}. Get them from {' or '.join(file.urls)} and pass "
         f"{file.flag} FILE or set {file.variable}; with a network, --download fetches them.",
         exit_code=1,
     )
+
+
+def _from_hub(file: HubFile, download: bool) -> Path:
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        found = hf_hub_download(file.repo, file.name, local_files_only=not download)
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        what = "could not be downloaded" if download else "are not on this machine"
+        raise UserError(
+            f"the weights {file.name} of {file.repo} {what} (looked in {constants.HF_HUB_CACHE}). "
+            f"Get them from https://huggingface.co/{file.repo} and pass {file.flag} FILE or set "
+            f"{file.variable}; with a network, --download fetches them.",
+            exit_code=1,
+        ) from error
+    return Path(found)
 
 
 def _download(file: WeightFile, folder: Path) -> Path:

@@ -59,7 +59,7 @@ def test_eval_stats_are_a_reference(run, folders):
     assert by_stats["value"] == pytest.approx(by_pictures["value"], rel=1e-9)
     other = run(*words, "--reference", stats, "--protocol", "clean")
     assert other.code == 2
-    assert "protocol adm instead of clean" in other.err
+    assert "protocol adm, not clean" in other.err
 
 
 def test_eval_pack(run, folders):
@@ -151,3 +151,101 @@ def test_eval_without_weights_says_every_way_out(run, folders, monkeypatch):
         assert part in result.err
     absent = run(*words, "--weights", "no.pth")
     assert (absent.code, "no.pth, which is not there" in absent.err) == (2, True)
+
+
+def test_the_scenes_preset(run, tmp_path):
+    words = ["eval", "--preset", "scenes", "--num_images", 40, "--num_reference", 80, "--json"]
+    result = run(*words, "--device", "cpu", "--num_candidates", 1, "--plot", tmp_path / "plots")
+    assert result.code == 0, result.err
+    found = result.json["metrics"]
+    assert {
+        "checker",
+        "fd_scenes",
+        "clip_cosine[scenes-clip]",
+        "recall_scenes",
+        "vendi_scenes",
+    } <= (set(found))
+    assert found["checker"]["n_gen"] == 40
+    assert found["fd_scenes"]["n_ref"] == 80
+    assert result.json["manifest"]["preset"] == "scenes"
+    assert result.json["manifest"]["generation"]["num_candidates"] == 1
+    assert (tmp_path / "plots" / "extremes.png").is_file()
+    true = run(*words, "--samples", "scenes", "--device", "cpu")
+    assert true.code == 0, true.err
+    best = true.json["metrics"]
+    assert best["checker"]["value"] == 1
+    assert best["fd_scenes"]["value"] < found["fd_scenes"]["value"]
+    name = "clip_cosine[scenes-clip]"
+    assert best[name]["value"] > found[name]["value"]
+
+
+def test_the_tokenizer_preset(run):
+    words = ["eval", "--preset", "tokenizer", "--num_images", 24, "--json", "--device", "cpu"]
+    result = run(*words)
+    assert result.code == 0, result.err
+    found = result.json["metrics"]
+    assert 28 < found["psnr"]["value"] < 36
+    assert found["checker"]["value"] > 0.9
+    assert found["fd_scenes"]["n_ref"] == 24
+    both = run(*words, "--samples", "scenes")
+    assert (both.code, "--reconstruct goes with --model" in both.err) == (2, True)
+
+
+def test_the_imagenet_preset_checks_first(run, folders):
+    words = ["eval", "--preset", "var-imagenet256", "--samples", folders / "fake", *WEIGHTS]
+    none = run(*words)
+    assert (none.code, "compares with a reference" in none.err) == (2, True)
+    folder = run(*words, "--reference", folders / "real")
+    assert (folder.code, "must be VIRTUAL_imagenet256_labeled.npz" in folder.err) == (2, True)
+    pixels = np.zeros((10_000, 1, 1, 3), np.uint8)
+    np.savez(folders / "adm.npz", arr_0=pixels, mu=[0], sigma=[0], mu_s=[0], sigma_s=[0])
+    few = run(*words, "--reference", folders / "adm.npz")
+    assert few.code == 2
+    assert "takes 50000 pictures, 50 of each of 1000 classes; these are 6" in few.err
+
+
+def test_drawn_pictures_are_saved(run, tmp_path):
+    words = ["eval", "--model", "scenes", "--metrics", "checker", "--num_images", 3, "--json"]
+    words += ["--device", "cpu", "--num_candidates", 1, "--save_images", tmp_path / "kept"]
+    first = run(*words)
+    assert first.code == 0, first.err
+    assert len(list((tmp_path / "kept").glob("*.png"))) == 3
+    assert run(*words).json["metrics"] == first.json["metrics"]
+    other = run(*words, "--seed", 9)
+    assert (other.code, "another model or other settings" in other.err) == (2, True)
+
+
+def test_clip_needs_prompts(run, folders):
+    words = ["eval", "--samples", folders / "fake", "--metrics", "clip", "--device", "cpu"]
+    silent = run(*words, "--clip_model", "scenes-clip")
+    assert (silent.code, "does not say its prompt" in silent.err) == (2, True)
+    (folders / "few.txt").write_text("a red circle\n")
+    few = run(*words, "--clip_model", "scenes-clip", "--prompts", folders / "few.txt")
+    assert (few.code, "1 prompts for 6 pictures" in few.err) == (2, True)
+    text = "\n".join(["a red circle"] * 5 + ["a blue square and " * 20])
+    (folders / "all.txt").write_text(text)
+    found = run(*words, "--clip_model", "scenes-clip", "--prompts", folders / "all.txt", "--json")
+    assert found.code == 0, found.err
+    assert "1 prompts are longer than scenes-clip reads, and were cut" in found.json["warnings"]
+
+
+def test_eval_geneval(run, tmp_path):
+    lines = [
+        {"tag": "counting", "prompt": "two red circles"},
+        {"tag": "x", "prompt": "a red cross"},
+    ]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    words = ["eval", "geneval", "--prompts", tmp_path / "p.jsonl", "--device", "cpu", "--json"]
+    drawn = run(*words, "--output_dir", tmp_path / "out", "--num_images", 2, "--num_candidates", 1)
+    assert drawn.code == 0, drawn.err
+    assert drawn.json["drawn"] == 4
+    assert (tmp_path / "out" / "00001" / "samples" / "0001.png").is_file()
+    rows = [{"tag": "a", "prompt": "p", "correct": c} for c in (True, False)]
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    summed = run("eval", "geneval", "--results", tmp_path / "r.jsonl", "--json")
+    assert summed.json["score"] == 0.5
+    (tmp_path / "r.jsonl").write_text('{"tag": "a"}')
+    bad = run("eval", "geneval", "--results", tmp_path / "r.jsonl")
+    assert (bad.code, "is no result of GenEval" in bad.err) == (2, True)
+    neither = run("eval", "geneval")
+    assert (neither.code, "pass --prompts FILE to draw" in neither.err) == (2, True)

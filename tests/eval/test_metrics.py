@@ -22,7 +22,11 @@ from nextscale.eval import (
     vendi_score,
 )
 from nextscale.eval.frechet import Moments
-from nextscale.eval.pairwise import kernel_distance_subsets, rbf_distance
+from nextscale.eval.pairwise import (
+    kernel_distance_error,
+    kernel_distance_subsets,
+    rbf_distance,
+)
 from nextscale.eval.scores import clip_scores, geneval_aggregate
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "eval"
@@ -119,6 +123,19 @@ def test_kernel_distance(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mean, std = kernel_distance_subsets(real, fake, **subsets)
     assert mean == pytest.approx(expected["mean"], rel=1e-9)
     assert std == pytest.approx(expected["std_population"], rel=1e-9)
+
+
+def test_kernel_distance_error_is_the_spread_of_leaving_blocks_out() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(50, 6)), rng.normal(0.3, 1, size=(47, 6))
+    block = np.arange(47) % 5
+    values = np.array([kernel_distance(x, y[block != b]) for b in range(5)])
+    expected = np.sqrt(4 / 5 * ((values - values.mean()) ** 2).sum())
+    assert kernel_distance_error(x, y, blocks=5) == pytest.approx(expected, rel=1e-9)
+    several = [rng.normal(0.3, 1, size=(200, 6)) for _ in range(200)]
+    spread = np.std([kernel_distance(x, part) for part in several], ddof=1)
+    typical = np.mean([kernel_distance_error(x, part) for part in several])
+    assert 0.7 * spread < typical < 1.4 * spread
 
 
 def test_kernel_distance_of_a_set_with_itself_is_below_zero() -> None:

@@ -8,12 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nextscale import storage
+from nextscale.eval.feature_network import BUNDLED, FeatureNetwork, SmallFeatures
+
 
 class TinyNetwork:
     """Mean colours, a few pixels and their products: quick features of any picture."""
 
     def __init__(self, protocol: str = "adm") -> None:
         self.protocol, self.taps = protocol, {"pool": 6, "spatial": 4, "logits": 5}
+        self.labels = dict.fromkeys(self.taps, protocol)
 
     def __call__(
         self, images: Sequence[np.ndarray], indices: Sequence[int] = ()
@@ -25,6 +29,11 @@ class TinyNetwork:
 
     def fingerprint(self) -> dict[str, str]:
         return {"network": "tiny", "protocol": self.protocol}
+
+
+def bundled_features() -> SmallFeatures:
+    """A real network in float32."""
+    return SmallFeatures(FeatureNetwork.from_pretrained(storage.ASSETS / BUNDLED), BUNDLED)
 
 
 def pictures(count: int, seed: int = 0, side: int = 16) -> np.ndarray:

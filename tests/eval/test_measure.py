@@ -12,14 +12,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_network import TinyNetwork, pictures
+from tiny_network import TinyNetwork, bundled_features, pictures
 
 from nextscale.errors import UserError
-from nextscale.eval.evaluate import evaluate
 from nextscale.eval.features import extract
 from nextscale.eval.frechet import Moments, frechet_distance
 from nextscale.eval.images import open_images
-from nextscale.eval.metrics import METRICS
+from nextscale.eval.measure import evaluate
 from nextscale.eval.scores import inception_score
 from nextscale.eval.statistics import (
     read_statistics,
@@ -27,7 +26,7 @@ from nextscale.eval.statistics import (
     statistics_of,
 )
 
-ALL = tuple(METRICS)
+ALL = ("fid", "sfid", "isc", "kid", "prc", "vendi")
 
 
 def write(folder: Path, pixels: np.ndarray, suffix: str = ".png") -> Path:
@@ -61,7 +60,8 @@ def test_one_pass_gives_what_the_functions_give(network: TinyNetwork) -> None:
 
 def test_inception_score_of_many_splits(network: TinyNetwork) -> None:
     fake = pictures(53)
-    record = evaluate(fake, network=network, metrics=["isc"], protocol="clean")
+    network = TinyNetwork("clean")
+    record = evaluate(fake, network=network, metrics=["isc"])
     mean, std = inception_score(network(list(fake))["logits"], 10)
     entry = record["metrics"]["isc[clean]"]
     assert entry["value"] == pytest.approx(mean, rel=1e-10)
@@ -124,8 +124,8 @@ def test_statistics_stand_for_the_reference(network: TinyNetwork, tmp_path: Path
     assert values(record) == pytest.approx(expected, rel=1e-12)
     assert record["metrics"]["fid[adm]"]["n_ref"] == 60
     assert not any("does not say" in w for w in record["warnings"])
-    with pytest.raises(UserError, match="protocol adm instead of clean"):
-        evaluate(fake, tmp_path / "ref.npz", network=TinyNetwork("clean"), protocol="clean")
+    with pytest.raises(UserError, match="protocol adm, not clean"):
+        evaluate(fake, tmp_path / "ref.npz", network=TinyNetwork("clean"))
     with pytest.raises(UserError, match=r"prc needs .* and .*ref\.npz holds statistics"):
         evaluate(fake, tmp_path / "ref.npz", network=network, metrics=["prc"])
 
@@ -194,13 +194,16 @@ def test_jackknife_error_is_the_spread_of_repeated_draws(network: TinyNetwork) -
 WORKER = """
 import json, sys
 import torch.distributed as dist
-from tiny_network import TinyNetwork, pictures
-from nextscale.eval.evaluate import evaluate
-from nextscale.eval.metrics import METRICS
+from tiny_network import TinyNetwork, bundled_features, pictures
+from nextscale.eval.measure import evaluate
 dist.init_process_group("gloo")
-record = evaluate(pictures(53, 1), pictures(41, 2), network=TinyNetwork(), metrics=tuple(METRICS))
+metrics = ("fid", "sfid", "isc", "kid", "prc", "vendi")
+record = evaluate(pictures(53, 1), pictures(41, 2), network=TinyNetwork(), metrics=metrics)
+both = [pictures(53, 1, 64), pictures(41, 2, 64)]
+metrics = ("fd_scenes", "kid_scenes", "vendi_scenes")
+real = evaluate(*both, network=bundled_features(), metrics=metrics, batch_size=8)
 if dist.get_rank() == 0:
-    open(sys.argv[1], "w").write(json.dumps(record))
+    open(sys.argv[1], "w").write(json.dumps([record, real]))
 dist.destroy_process_group()
 """
 
@@ -220,10 +223,14 @@ def test_processes_give_the_same(network: TinyNetwork, tmp_path: Path, world: in
         capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "r.json").read_text())
+    found, real = json.loads((tmp_path / "r.json").read_text())
     expected = evaluate(pictures(53, 1), pictures(41, 2), network=network, metrics=ALL)
-    assert values(found) == pytest.approx(values(expected), rel=1e-10)
+    assert values(found) == pytest.approx(values(expected), rel=1e-12)
     assert found["manifest"]["samples"] == expected["manifest"]["samples"]
+    both = (pictures(53, 1, 64), pictures(41, 2, 64))
+    metrics = ("fd_scenes", "kid_scenes", "vendi_scenes")
+    expected = evaluate(*both, network=bundled_features(), metrics=metrics)
+    assert values(real) == pytest.approx(values(expected), rel=1e-5)
 
 
 def test_pairs(tmp_path: Path) -> None:
@@ -244,8 +251,9 @@ def test_pairs(tmp_path: Path) -> None:
     assert (equal["value"], equal["params"]["infinite"]) == (float("inf"), 3)
     with pytest.raises(UserError, match="3 pictures and 2 originals"):
         evaluate(pixels, originals[:2], metrics=["psnr"])
-    with pytest.raises(UserError, match="in a run of their own"):
-        evaluate(pixels, originals, network=TinyNetwork(), metrics=["psnr", "fid"])
+    together = evaluate(pixels, originals, network=TinyNetwork(), metrics=["psnr", "rfid"])
+    assert together["metrics"]["psnr"]["value"] == psnr["value"]
+    assert together["metrics"]["rfid[adm]"]["n_ref"] == 3
     with pytest.raises(UserError, match="needs pictures of 161 pixels"):
         evaluate(pixels, originals, metrics=["ms_ssim"])
     large = pictures(2, side=176)

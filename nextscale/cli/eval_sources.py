@@ -1,0 +1,291 @@
+"""What `nextscale eval` measures and with which networks: flags -> sources and networks."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nextscale.cli.console import Output
+from nextscale.cli.ranks import pick_device
+from nextscale.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from nextscale.cli.evaluate import EvalConfig, NetworkFlags
+    from nextscale.eval.features import Network
+    from nextscale.eval.images import Images
+    from nextscale.eval.inception import Inception
+
+WORLDS = ("scenes", "scenes-all", "digits")
+# The networks that the published figures are made with.
+CLIP_MODELS = {"clip": "ViT-B-32-quickgelu", "cmmd": "ViT-L-14-336-quickgelu"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Pictures, and what is known of them.
+
+    Attributes:
+        images: The pictures.
+        prompts: Of each, or None.
+        reference: What they are compared with, unless --reference says otherwise.
+        about: What the record says of their making.
+    """
+
+    images: Images
+    prompts: Sequence[str] | None = None
+    reference: Any = None
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+def open_samples(config: EvalConfig, *, prompts: bool) -> Source:
+    """Files, or a model's pictures, or its tokenizer's reconstructions."""
+    if config.samples in WORLDS:
+        return _true_pictures(config)
+    if config.samples is not None:
+        from nextscale.eval.images import open_images
+
+        images = open_images(config.samples)
+        return Source(images, _prompts(config, images) if prompts else None)
+    return _reconstructed(config) if config.reconstruct is not None else _drawn(config)
+
+
+def open_reference(config: EvalConfig, source: Source) -> Any:
+    """A file, or true pictures of a built-in world; None: what the source brings."""
+    if config.reference not in WORLDS:
+        return source.reference if config.reference is None else config.reference
+    from nextscale.data.sources import open_source
+    from nextscale.eval.images import open_images
+
+    side = _side(config, source)
+    data = open_source(
+        config.reference, resolution=side, split="validation", num_images=config.num_reference
+    )
+    return open_images(_rows_of(data), len(data))
+
+
+def _true_pictures(config: EvalConfig) -> Source:
+    """Pictures of a built-in world behind those of the reference: what no model can beat."""
+    from nextscale.data.sources import open_source
+    from nextscale.eval.images import open_images
+
+    assert config.samples is not None
+    start, count = config.num_reference, config.num_images or 1000
+    data = open_source(
+        config.samples, resolution=config.resolution, split="validation", num_images=start + count
+    )
+    if len(data) < start + count:
+        raise UserError(
+            f"{config.samples} has {len(data)} pictures: lower --num_reference or --num_images"
+        )
+    read = _rows_of(data)
+    import numpy as np
+
+    rows = np.arange(start, start + count)
+    prompts = data.captions(rows) if data.has_captions else None
+    images = open_images(lambda first, number: read(start + first, number), count)
+    return Source(images, prompts, None, {"samples of": config.samples})
+
+
+def _side(config: EvalConfig, source: Source) -> int:
+    """Of the measured pictures, without drawing any."""
+    if config.samples in WORLDS:
+        return config.resolution
+    if config.model is None:
+        return source.images.load([0])[0].shape[0]
+    return source.about["pixels"]
+
+
+def _rows_of(data: Any) -> Any:
+    """A dataset as f(start, count)."""
+    import numpy as np
+
+    def read(start: int, count: int) -> np.ndarray:
+        images = data.load(np.arange(start, start + count)).images
+        return images.permute(0, 2, 3, 1).numpy()
+
+    return read
+
+
+def _prompts(config: EvalConfig, images: Images) -> list[str]:
+    """From the file, the dataset's captions, or what `nextscale generate` wrote into the PNGs."""
+    from nextscale.cli.job import read_metadata
+    from nextscale.eval.images import FileImages
+
+    if config.prompts is not None:
+        try:
+            lines = Path(config.prompts).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read prompts {config.prompts}: {error}") from error
+        return [line.strip() for line in lines if line.strip()]
+    captions = images.captions() if isinstance(images, FileImages) else None
+    if captions is not None:
+        return captions
+    found = [read_metadata(Path(images.name(row))).get("prompt") for row in range(len(images))]
+    missing = next((row for row, prompt in enumerate(found) if prompt is None), None)
+    if missing is not None:
+        raise UserError(
+            f"{images.name(missing)} does not say its prompt: pass --prompts FILE, one line per "
+            "picture, or a folder with metadata.jsonl"
+        )
+    return [str(prompt) for prompt in found]
+
+
+def _drawn(config: EvalConfig) -> Source:
+    """The pipeline as a source of pictures."""
+    from nextscale.cli.loading import read_model
+    from nextscale.data.benchmark import load_benchmark
+    from nextscale.data.images import to_uint8
+    from nextscale.eval.images import DrawnImages
+    from nextscale.pipeline import NextScalePipeline
+
+    assert config.model is not None
+    pipe = NextScalePipeline.from_pretrained(config.model, device=pick_device(config.device))
+    conditioner = pipe.transformer.conditioner
+    prompts: list[str] | None = None
+    if conditioner.prompts:
+        prompts = load_benchmark(config.benchmark)
+        count = config.num_images or len(prompts)
+        prompts = [prompts[i % len(prompts)] for i in range(count)]
+        conditions: dict[str, list[Any]] = {"prompt": prompts}
+    else:
+        classes = conditioner.config()["num_classes"]
+        count = config.num_images or 50 * classes
+        conditions = {"class_labels": [i * classes // count for i in range(count)]}
+    settings = config.sampling()
+
+    def draw(start: int, number: int) -> Any:
+        given: dict[str, Any] = {
+            key: values[start : start + number] for key, values in conditions.items()
+        }
+        seeds = [config.seed + i for i in range(start, start + number)]
+        images = pipe(**given, **settings, seed=seeds, output_type="pt").images
+        return to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
+
+    about = {
+        "model": config.model,
+        "weights": read_model(config.model).weights(),
+        "generation": {**asdict(pipe.generation), **settings, "seed": config.seed},
+        "captions": config.benchmark if prompts else None,
+        "pixels": pipe.tokenizer.resolution[0],
+    }
+    kept = None if config.save_images is None else Path(config.save_images)
+    return Source(DrawnImages(draw, count, kept, about), prompts, None, about)
+
+
+def _reconstructed(config: EvalConfig) -> Source:
+    """What is left of a dataset's pictures after the tokenizer, with the pictures as reference."""
+    import numpy as np
+    import torch
+
+    from nextscale.cli.loading import load_tokenizer
+    from nextscale.data.images import to_float, to_uint8
+    from nextscale.data.sources import open_source
+    from nextscale.eval.images import DrawnImages
+
+    assert config.model is not None
+    assert config.reconstruct is not None
+    tokenizer = load_tokenizer(config.model, pick_device(config.device), "auto")
+    side = tokenizer.resolution[0]
+    data = open_source(
+        config.reconstruct, resolution=side, split="validation", num_images=config.num_images
+    )
+    if config.num_images is None and config.reconstruct in WORLDS[:2]:
+        raise UserError(f"{config.reconstruct} has no end: pass --num_images N")
+    read = _rows_of(data)
+
+    @torch.inference_mode()
+    def reconstruct(start: int, count: int) -> np.ndarray:
+        images = torch.from_numpy(read(start, count)).permute(0, 3, 1, 2)
+        pixels = to_float(images).to(tokenizer.quant_conv.weight.device)
+        back = (tokenizer.decode(tokenizer.encode(pixels)) + 1) / 2
+        return to_uint8(back.float()).permute(0, 2, 3, 1).cpu().numpy()
+
+    prompts = data.captions(np.arange(len(data))) if data.has_captions else None
+    about = {"tokenizer": config.model, "reconstruct": config.reconstruct, "pixels": side}
+    originals = DrawnImages(read, len(data))
+    return Source(DrawnImages(reconstruct, len(data)), prompts, originals, about)
+
+
+# ---- networks --------------------------------------------------------------------------------
+
+
+def open_networks(
+    config: EvalConfig, prompts: Sequence[str] | None, output: Output
+) -> tuple[Network | None, list[Network], list[str]]:
+    """The networks that the metrics need: for both sets, for the samples alone; and warnings."""
+    from nextscale.eval.features import Joined
+    from nextscale.eval.inception import TAPS
+    from nextscale.eval.metrics import METRICS
+
+    taps = {METRICS[name].tap for name in config.metrics}
+    found: list[Network] = []
+    of_samples: list[Network] = []
+    warnings: list[str] = []
+    if taps & set(TAPS):
+        found.append(open_inception(config, output))
+    if "scenes" in taps:
+        from nextscale import storage
+        from nextscale.eval.feature_network import BUNDLED, FeatureNetwork, SmallFeatures
+
+        name = config.features_model
+        folder = storage.ASSETS / name if name == BUNDLED else Path(name)
+        network = FeatureNetwork.from_pretrained(folder)
+        found.append(SmallFeatures(network, name, device=pick_device(config.device)))
+    by_model: dict[str, list[str]] = {}
+    for tap in sorted(taps & {"clip", "cosine", "cmmd"}):
+        default = CLIP_MODELS["cmmd" if tap == "cmmd" else "clip"]
+        by_model.setdefault(config.clip_model or default, []).append(tap)
+    for name, wanted in by_model.items():
+        from nextscale.eval.clip import ClipFeatures, clip_scorer, open_clip_model
+        from nextscale.eval.scorers import Scored
+
+        clip = open_clip_model(
+            name, config.clip_weights, device=pick_device(config.device), download=config.download
+        )
+        if "cosine" in wanted and prompts is not None:
+            of_samples.append(Scored({"cosine": clip_scorer(clip)}, prompts, clip.name))
+            if cut := clip.vocabulary.cut(prompts):
+                warnings.append(f"{cut} prompts are longer than {name} reads, and were cut")
+        if wanted != ["cosine"]:
+            found.append(ClipFeatures(clip, [tap for tap in wanted if tap != "cosine"]))
+    if "dinov2" in taps:
+        from nextscale.eval.dinov2 import WEIGHTS, DinoV2
+        from nextscale.eval.weights import find_weights
+
+        path = find_weights(WEIGHTS, config.dinov2_weights, download=config.download)
+        found.append(DinoV2(path, device=pick_device(config.device)))
+    return (Joined(found) if found else None), of_samples, warnings
+
+
+def open_inception(config: NetworkFlags, output: Output) -> Inception:
+    """Inception in the chosen protocol."""
+    from nextscale.eval.inception import Inception, random_weights, read_weights
+    from nextscale.eval.weights import INCEPTION, find_weights
+
+    if config.random_weights is not None:
+        output.note("warning: random weights; the figures mean nothing")
+        weights = random_weights(config.random_weights)
+    else:
+        weights = read_weights(find_weights(INCEPTION, config.weights, download=config.download))
+    device = pick_device(config.device)
+    return Inception(weights, config.protocol, device=device, precision=config.precision)
+
+
+def open_lpips(config: EvalConfig) -> torch.nn.Module | None:
+    """The network of LPIPS, if it is wanted."""
+    if "lpips" not in config.metrics:
+        return None
+    from nextscale import storage
+    from nextscale.eval.reconstruction import load_lpips
+    from nextscale.eval.weights import ALEXNET, find_weights
+
+    path = find_weights(ALEXNET, config.lpips_weights, download=config.download)
+    weights: Any = storage.read_pickle(path)
+    if not isinstance(weights, dict):
+        raise UserError(f"{path} holds no weights of torchvision's AlexNet")
+    return load_lpips(weights).to(pick_device(config.device))

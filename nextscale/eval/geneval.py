@@ -1,0 +1,96 @@
+"""GenEval's folders (Ghosh et al., arXiv 2310.11513): what its own detector scripts read.
+
+    OUTPUT/00000/metadata.jsonl        the prompt's line of evaluation_metadata.jsonl
+    OUTPUT/00000/samples/0000.png ...  its pictures
+
+The detector (Mask2Former of mmdet 2) cannot live beside current torch: run GenEval's
+evaluate_images.py in an environment of its own, then `scores.geneval_aggregate` on its lines.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from nextscale import storage
+from nextscale.errors import UserError
+
+Draw = Callable[[Sequence[str], Sequence[int]], np.ndarray]
+"""(prompts, seeds) -> uint8 [n, h, w, 3]."""
+
+
+def read_lines(path: str | Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file.
+
+    Raises:
+        UserError: If it cannot be read, or a line is no object.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    found = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise UserError(f"line {number} of {path} is no JSON ({error})") from error
+        if not isinstance(found[-1], dict):
+            raise UserError(f"line {number} of {path} is no JSON object")
+    if not found:
+        raise UserError(f"{path} is empty")
+    return found
+
+
+def write_folders(
+    prompts: Sequence[dict[str, Any]],
+    draw: Draw,
+    folder: str | Path,
+    *,
+    per_prompt: int = 4,
+    seed: int = 0,
+    progress: bool = False,
+) -> int:
+    """Draw and write; pictures that are there are left as they are, so that a killed run goes on.
+
+    Args:
+        prompts: Lines of GenEval's evaluation_metadata.jsonl, each with "prompt".
+        draw: The generator.
+        folder: Where to.
+        per_prompt: Pictures of each prompt; published figures take 4.
+        seed: Picture j of prompt i is drawn with seed + i * per_prompt + j.
+        progress: Show a bar.
+
+    Returns:
+        How many pictures were drawn.
+
+    Raises:
+        UserError: If a line has no prompt.
+    """
+    for number, line in enumerate(prompts, start=1):
+        if not isinstance(line.get("prompt"), str):
+            raise UserError(f'line {number} of the prompts has no "prompt"')
+    drawn = 0
+    for index, line in enumerate(tqdm(prompts, unit="prompt", disable=not progress)):
+        place = Path(folder) / f"{index:05d}"
+        with storage.os_errors(place):
+            (place / "samples").mkdir(parents=True, exist_ok=True)
+        storage.write_bytes(place / "metadata.jsonl", json.dumps(line).encode())
+        paths = {j: place / "samples" / f"{j:04d}.png" for j in range(per_prompt)}
+        missing = [j for j, path in paths.items() if not path.is_file()]
+        if not missing:
+            continue
+        seeds = [seed + index * per_prompt + j for j in missing]
+        for j, picture in zip(missing, draw([line["prompt"]] * len(missing), seeds), strict=True):
+            with storage.atomic(paths[j]) as temporary:
+                Image.fromarray(picture).save(temporary, format="PNG")
+        drawn += len(missing)
+    return drawn
