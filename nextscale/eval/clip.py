@@ -92,7 +92,7 @@ class Clip:
     ) -> None:
         self.name, self.device, self.vocabulary = name, torch.device(device), vocabulary
         self.sha256 = storage.fingerprint(model.state_dict())
-        self.model: Any = model.eval().requires_grad_(False).to(self.device)
+        self.model: Any = model.eval().to(self.device)
         keywords = dict(preprocess)
         self.size = int(keywords.pop("size"))
         self.dim = int(self.model.text_projection.shape[-1])

@@ -14,26 +14,24 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nextscale import processes
-from nextscale.data.checker import falsifiable
 from nextscale.data.config import DataConfig, open_dataset
 from nextscale.data.images import to_float
-from nextscale.data.scenes import Scene
 from nextscale.data.sources import ImageSource
 from nextscale.errors import UserError, require
 from nextscale.eval.clip import Clip, Vocabulary, save_clip
+from nextscale.eval.contrastive import contrastive_loss, one_change, rank_first, twins
 from nextscale.eval.feature_network import FeatureNetwork, FeatureNetworkConfig
 from nextscale.streams import stream
 from nextscale.training import FitResult, TrainingConfig, fit
 
 CAPTIONS = 20_000  # of the dataset, that are read to learn its words
-RANKED = 32  # captions among which validation ranks the right one
-ONE_CHANGE = 8  # of them, with one statement changed
+ONE_CHANGE = 8  # of the 32 captions that validation ranks, with one statement changed
 # Largest faults that features learn to measure: Gaussian blur (pixels of 64), noise and colour
 # shift (of the range [0, 1]).
 MAX_BLUR, MAX_NOISE, MAX_SHIFT = 2.0, 0.2, 0.15
@@ -279,11 +277,8 @@ def train_clip(config: ClipTrainingConfig, *, progress: bool = True) -> FitResul
             for scene, i in zip(batch.extra["scene"], indices, strict=True):
                 rng = np.random.default_rng(stream(config.seed, step, int(i), 1).initial_seed())
                 negatives += one_change(scene, config.hard_negatives, rng)
-        captions = batch.captions
-        place = {caption: row for row, caption in enumerate(captions)}
-        same = torch.tensor([place[caption] for caption in captions])
-        texts = vocabulary([*captions, *negatives])
-        return {"images": batch.images, "texts": texts, "same": same}
+        texts = vocabulary([*batch.captions, *negatives])
+        return {"images": batch.images, "texts": texts, "twins": twins(batch.captions)}
 
     def losses(
         modules: Mapping[str, nn.Module], batch: dict[str, Tensor], step: int
@@ -297,10 +292,7 @@ def train_clip(config: ClipTrainingConfig, *, progress: bool = True) -> FitResul
             both = modules["model"](to_float(batch["images"]), batch["texts"])
         images, vectors, scale = both[:3]
         negatives = vectors[count:].unflatten(0, (count, -1)) if len(vectors) > count else None
-        same = (batch["same"][:, None] == batch["same"]) & ~torch.eye(
-            count, dtype=torch.bool, device=images.device
-        )
-        loss, hits = contrastive_loss(images, vectors[:count], negatives, same, scale)
+        loss, hits = contrastive_loss(images, vectors[:count], negatives, batch["twins"], scale)
         yield "model", loss, {"accuracy": hits, "scale": scale.detach()}
 
     def after_step(modules: Mapping[str, nn.Module], step: int) -> None:
@@ -311,53 +303,12 @@ def train_clip(config: ClipTrainingConfig, *, progress: bool = True) -> FitResul
         network = modules["model"]
         device = next(network.parameters()).device
         clip = Clip(network, vocabulary, _preprocess(config), "small", device=device)
-        network.requires_grad_(True)
         return _clip_report(clip, validation, config)
 
     result = _fit(config, model, load_batch, len(source), losses, validate, progress, after_step)
     if processes.is_main():
         save_clip(model, vocabulary, settings, Path(config.output_dir) / "model")
     return result
-
-
-def contrastive_loss(
-    images: Float[Tensor, "b d"],
-    texts: Float[Tensor, "b d"],
-    negatives: Float[Tensor, "b m d"] | None,
-    same: Bool[Tensor, "b b"],
-    scale: Float[Tensor, ""],
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """CLIP's loss with further false captions per picture.
-
-    Args:
-        images: Unit vectors.
-        texts: Of the captions.
-        negatives: Of each picture's own false captions.
-        same: Pairs (i, j), i != j, of equal captions, which are left out.
-        scale: Inverse temperature.
-
-    Returns:
-        Mean of both cross-entropies in nats, and the share of pictures whose caption wins.
-    """
-    logits = (scale * images @ texts.T).float().masked_fill(same, -torch.inf)
-    target = torch.arange(len(images), device=images.device)
-    per_image = logits
-    if negatives is not None:
-        own = scale * torch.einsum("bd,bmd->bm", images, negatives)
-        per_image = torch.cat([logits, own.float()], dim=1)
-    loss = (F.cross_entropy(per_image, target) + F.cross_entropy(logits.T, target)) / 2
-    return loss, (per_image.argmax(dim=1) == target).float().mean()
-
-
-def one_change(scene: Scene, count: int, rng: np.random.Generator) -> list[str]:
-    """False captions of a scene, each with one statement of the true one changed.
-
-    Kinds of statements come in turn; captions repeat only if there are fewer.
-    """
-    kinds = falsifiable(scene.caption, scene)
-    piles = [list(rng.permutation([str(c) for c in found])) for found in kinds.values()]
-    order = [pile[i] for i in range(max(map(len, piles))) for pile in piles if i < len(pile)]
-    return [str(order[i % len(order)]) for i in range(count)]
 
 
 def _clip_report(
@@ -375,42 +326,10 @@ def _clip_report(
             false.append(one_change(scene, ONE_CHANGE, rng))
     vectors, captions = torch.cat(images), clip.texts(texts)
     scale = clip.model.logit_scale.exp().cpu().float()
-    place = {caption: row for row, caption in enumerate(texts)}
-    same = torch.tensor([place[caption] for caption in texts])
-    twins = (same[:, None] == same) & ~torch.eye(count, dtype=torch.bool)
-    loss, _ = contrastive_loss(vectors, captions, None, twins, scale)
+    loss, _ = contrastive_loss(vectors, captions, None, twins(texts), scale)
     if not false:
         return {"loss": float(loss)}
     return {"loss": float(loss), "rank_1": rank_first(clip, vectors, texts, false)}
-
-
-def rank_first(
-    clip: Clip,
-    images: Float[Tensor, "n d"],
-    captions: Sequence[str],
-    false: Sequence[Sequence[str]],
-    among: int = RANKED,
-) -> float:
-    """How often the right caption scores highest among `among` different ones.
-
-    Args:
-        clip: The model.
-        images: Vectors of the pictures.
-        captions: The right ones.
-        false: Further captions per picture; the rest are those of the pictures that follow.
-        among: Captions per picture, the right one included.
-    """
-    wins = 0
-    for i, own in enumerate(captions):
-        others = dict.fromkeys(false[i])
-        for step in range(1, len(captions)):
-            if len(others) >= among - 1:
-                break
-            others.setdefault(captions[(i + step) % len(captions)])
-            others.pop(own, None)
-        scores = clip.texts([own, *others]) @ images[i]
-        wins += bool(scores[0] > scores[1:].max())
-    return wins / len(captions)
 
 
 def _clip_settings(config: ClipTrainingConfig, vocabulary: Vocabulary) -> dict[str, Any]:

@@ -17,13 +17,11 @@ from nextscale.data.scenes import HELD_OUT, sample_scene
 from nextscale.data.sources import open_source
 from nextscale.errors import UserError
 from nextscale.eval.clip import load_clip
+from nextscale.eval.contrastive import contrastive_loss, one_change, rank_first, twins
 from nextscale.eval.feature_network import FeatureNetwork
 from nextscale.eval.train import (
     ClipTrainingConfig,
     FeaturesTrainingConfig,
-    contrastive_loss,
-    one_change,
-    rank_first,
     train_clip,
     train_features,
 )
@@ -106,8 +104,8 @@ def test_contrastive_loss_against_a_loop() -> None:
     torch.manual_seed(0)
     images, texts = (torch.nn.functional.normalize(torch.randn(4, 8), dim=1) for _ in range(2))
     negatives = torch.nn.functional.normalize(torch.randn(4, 3, 8), dim=2)
-    same = torch.zeros(4, 4, dtype=torch.bool)
-    same[0, 2] = same[2, 0] = True
+    same = twins(["a", "b", "a", "c"])
+    assert same.nonzero().tolist() == [[0, 2], [2, 0]]
     loss, hits = contrastive_loss(images, texts, negatives, same, torch.tensor(5.0))
     total, right = 0.0, 0
     for i in range(4):

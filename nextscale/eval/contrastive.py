@@ -1,0 +1,93 @@
+"""Pictures against right and false captions: CLIP's loss, and how often the right one wins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from nextscale.data.checker import falsifiable
+from nextscale.data.scenes import Scene
+from nextscale.eval.clip import Clip
+
+RANKED = 32  # captions among which the right one is ranked
+
+
+def twins(captions: Sequence[str]) -> Bool[Tensor, "b b"]:
+    """Pairs (i, j), i != j, of equal captions."""
+    place = {caption: row for row, caption in enumerate(captions)}
+    rows = torch.tensor([place[caption] for caption in captions])
+    return (rows[:, None] == rows) & ~torch.eye(len(captions), dtype=torch.bool)
+
+
+def contrastive_loss(
+    images: Float[Tensor, "b d"],
+    texts: Float[Tensor, "b d"],
+    negatives: Float[Tensor, "b m d"] | None,
+    twins: Bool[Tensor, "b b"],
+    scale: Float[Tensor, ""],
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """CLIP's loss with further false captions per picture.
+
+    Args:
+        images: Unit vectors.
+        texts: Of the captions.
+        negatives: Of each picture's own false captions.
+        twins: Pairs of equal captions, which are left out.
+        scale: Inverse temperature.
+
+    Returns:
+        Mean of both cross-entropies in nats, and the share of pictures whose caption wins.
+    """
+    logits = (scale * images @ texts.T).float().masked_fill(twins, -torch.inf)
+    target = torch.arange(len(images), device=images.device)
+    per_image = logits
+    if negatives is not None:
+        own = scale * torch.einsum("bd,bmd->bm", images, negatives)
+        per_image = torch.cat([logits, own.float()], dim=1)
+    loss = (F.cross_entropy(per_image, target) + F.cross_entropy(logits.T, target)) / 2
+    return loss, (per_image.argmax(dim=1) == target).float().mean()
+
+
+def one_change(scene: Scene, count: int, rng: np.random.Generator) -> list[str]:
+    """False captions of a scene, each with one statement of the true one changed.
+
+    Kinds of statements come in turn; captions repeat only if there are fewer.
+    """
+    kinds = falsifiable(scene.caption, scene)
+    piles = [list(rng.permutation([str(c) for c in found])) for found in kinds.values()]
+    order = [pile[i] for i in range(max(map(len, piles))) for pile in piles if i < len(pile)]
+    return [str(order[i % len(order)]) for i in range(count)]
+
+
+def rank_first(
+    clip: Clip,
+    images: Float[Tensor, "n d"],
+    captions: Sequence[str],
+    false: Sequence[Sequence[str]],
+    among: int = RANKED,
+) -> float:
+    """How often the right caption scores highest among `among` different ones.
+
+    Args:
+        clip: The model.
+        images: Vectors of the pictures.
+        captions: The right ones.
+        false: Further captions per picture; the rest are those of the pictures that follow.
+        among: Captions per picture, the right one included.
+    """
+    wins = 0
+    for i, own in enumerate(captions):
+        others = dict.fromkeys(false[i])
+        for step in range(1, len(captions)):
+            if len(others) >= among - 1:
+                break
+            others.setdefault(captions[(i + step) % len(captions)])
+            others.pop(own, None)
+        scores = clip.texts([own, *others]) @ images[i]
+        wins += bool(scores[0] > scores[1:].max())
+    return wins / len(captions)
