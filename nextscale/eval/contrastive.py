@@ -10,10 +10,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from nextscale.data.captions import COLORS, SHAPES
 from nextscale.data.checker import falsifiable
 from nextscale.data.scenes import Scene
 from nextscale.eval.clip import Clip
 
+# What has a centre.
+PLACED = (*(("color", color) for color in COLORS), *(("shape", shape) for shape in SHAPES))
 RANKED = 32  # captions among which the right one is ranked
 
 
@@ -56,12 +59,33 @@ def contrastive_loss(
 def one_change(scene: Scene, count: int, rng: np.random.Generator) -> list[str]:
     """False captions of a scene, each with one statement of the true one changed.
 
-    Kinds of statements come in turn; captions repeat only if there are fewer.
+    Kinds of statements come in turn, in random order; captions repeat only if there are fewer.
     """
-    kinds = falsifiable(scene.caption, scene)
-    piles = [list(rng.permutation([str(c) for c in found])) for found in kinds.values()]
+    kinds = list(falsifiable(scene.caption, scene).values())
+    turns = [kinds[i] for i in rng.permutation(len(kinds))]
+    piles = [list(rng.permutation([str(c) for c in found])) for found in turns]
     order = [pile[i] for i in range(max(map(len, piles))) for pile in piles if i < len(pile)]
     return [str(order[i % len(order)]) for i in range(count)]
+
+
+def centres(scenes: Sequence[Scene]) -> Float[Tensor, "b p 2"]:
+    """Mean centre (x, y) of the shapes of each colour, and of each form, of a scene.
+
+    In units of the side, from the picture's middle; NaN where the scene has none.
+    """
+    found = np.full((len(scenes), len(PLACED), 2), np.nan, np.float32)
+    for scene, rows in zip(scenes, found, strict=True):
+        for row, (attribute, value) in zip(rows, PLACED, strict=True):
+            here = [(s.x, s.y) for s in scene.shapes if getattr(s, attribute) == value]
+            if here:
+                row[:] = np.mean(here, axis=0) - 0.5
+    return torch.from_numpy(found)
+
+
+def centre_loss(told: Float[Tensor, "b p 2"], true: Float[Tensor, "b p 2"]) -> Float[Tensor, ""]:
+    """Mean squared error of the centres that there are, by the variance of a uniform one."""
+    there = ~true.isnan()
+    return (told.float() - true)[there].square().mean() * 12
 
 
 def rank_first(

@@ -25,7 +25,15 @@ from nextscale.data.images import to_float
 from nextscale.data.sources import ImageSource
 from nextscale.errors import UserError, require
 from nextscale.eval.clip import Clip, Vocabulary, save_clip
-from nextscale.eval.contrastive import contrastive_loss, one_change, rank_first, twins
+from nextscale.eval.contrastive import (
+    PLACED,
+    centre_loss,
+    centres,
+    contrastive_loss,
+    one_change,
+    rank_first,
+    twins,
+)
 from nextscale.eval.feature_network import FeatureNetwork, FeatureNetworkConfig
 from nextscale.streams import stream
 from nextscale.training import FitResult, TrainingConfig, fit
@@ -224,6 +232,10 @@ class ClipTrainingConfig(TrainingConfig, DataConfig):
     """Captions with one statement changed, against which each picture is held besides the captions
     of the other pictures in its batch (as NegCLIP's, arXiv 2210.01936, but made false by the
     scene itself); scenes only."""
+    centre_weight: float = 0.0
+    """Weight of a further loss: a linear map of the picture's vector tells where the shapes of
+    each colour and form are; scenes only. Without it "left of" and "right of" stay one to the
+    model: the texts need them only once the pictures tell them, and the reverse."""
     num_validation_images: int = 1000
     """Pictures of the validation split."""
     use_ema: bool = False
@@ -242,7 +254,27 @@ class ClipTrainingConfig(TrainingConfig, DataConfig):
         width, heads = self.text_width, self.text_heads
         require("text_width", width, width % heads == 0, f"be a multiple of {heads} heads")
         require("context_length", self.context_length, self.context_length > 2, "be above 2")
-        require("hard_negatives", self.hard_negatives, self.hard_negatives >= 0, "be 0 or more")
+        for name in ("hard_negatives", "centre_weight"):
+            require(name, getattr(self, name), getattr(self, name) >= 0, "be 0 or more")
+
+
+class _Placing(nn.Module):
+    """The CLIP with a linear layer for where shapes are, if it has to tell."""
+
+    def __init__(self, network: nn.Module, width: int, *, told: bool) -> None:
+        super().__init__()
+        self.network = network
+        self.head = nn.Linear(width, 2 * len(PLACED)) if told else None
+
+    def forward(
+        self, images: Tensor, texts: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        pictures, captions, scale = self.network(images, texts)[:3]
+        if self.head is None:
+            return pictures, captions, scale, None
+        # Unit vectors have coordinates of 1 / sqrt(width).
+        centres = self.head(pictures * pictures.shape[-1] ** 0.5).unflatten(-1, (-1, 2))
+        return pictures, captions, scale, centres
 
 
 def train_clip(config: ClipTrainingConfig, *, progress: bool = True) -> FitResult:
@@ -265,20 +297,23 @@ def train_clip(config: ClipTrainingConfig, *, progress: bool = True) -> FitResul
     vocabulary = Vocabulary.of(texts, config.context_length)
     settings = _clip_settings(config, vocabulary)
     torch.manual_seed(stream(config.seed).initial_seed())
-    model = open_clip.CLIP(**settings["model_cfg"])
+    network = open_clip.CLIP(**settings["model_cfg"])
+    model = _Placing(network, config.embed_dim, told=config.centre_weight > 0)
 
     def load_batch(indices: np.ndarray, step: int, data: ImageSource = source) -> dict[str, Tensor]:
         batch = data.load(indices, step=step)
         assert batch.captions is not None
+        scenes = batch.extra.get("scene", ())
+        for name in ("hard_negatives", "centre_weight"):
+            if getattr(config, name) and not scenes:
+                raise UserError(f"{name} needs scenes, whose truth is known; set it to 0")
         negatives: list[str] = []
-        if config.hard_negatives:
-            if "scene" not in batch.extra:
-                raise UserError("hard_negatives need scenes, whose truth is known; set it to 0")
-            for scene, i in zip(batch.extra["scene"], indices, strict=True):
-                rng = np.random.default_rng(stream(config.seed, step, int(i), 1).initial_seed())
-                negatives += one_change(scene, config.hard_negatives, rng)
+        for scene, i in zip(scenes, indices, strict=bool(scenes)):
+            rng = np.random.default_rng(stream(config.seed, step, int(i), 1).initial_seed())
+            negatives += one_change(scene, config.hard_negatives, rng)
         texts = vocabulary([*batch.captions, *negatives])
-        return {"images": batch.images, "texts": texts, "twins": twins(batch.captions)}
+        told = {"centres": centres(scenes)} if config.centre_weight else {}
+        return {"images": batch.images, "texts": texts, "twins": twins(batch.captions), **told}
 
     def losses(
         modules: Mapping[str, nn.Module], batch: dict[str, Tensor], step: int
@@ -290,24 +325,27 @@ def train_clip(config: ClipTrainingConfig, *, progress: bool = True) -> FitResul
         )
         with plain:
             both = modules["model"](to_float(batch["images"]), batch["texts"])
-        images, vectors, scale = both[:3]
+        images, vectors, scale, places = both
         negatives = vectors[count:].unflatten(0, (count, -1)) if len(vectors) > count else None
         loss, hits = contrastive_loss(images, vectors[:count], negatives, batch["twins"], scale)
-        yield "model", loss, {"accuracy": hits, "scale": scale.detach()}
+        report = {"accuracy": hits, "scale": scale.detach()}
+        if places is not None:
+            report["centres"] = centre_loss(places, batch["centres"])
+            loss = loss + config.centre_weight * report["centres"]
+        yield "model", loss, report
 
     def after_step(modules: Mapping[str, nn.Module], step: int) -> None:
         with torch.no_grad():  # as the paper: the temperature stays above 0.01
-            modules["model"].logit_scale.clamp_(0, float(np.log(100)))  # pyright: ignore
+            network.logit_scale.clamp_(0, float(np.log(100)))
 
     def validate(modules: Mapping[str, nn.Module], step: int) -> dict[str, float]:
-        network = modules["model"]
         device = next(network.parameters()).device
         clip = Clip(network, vocabulary, _preprocess(config), "small", device=device)
         return _clip_report(clip, validation, config)
 
     result = _fit(config, model, load_batch, len(source), losses, validate, progress, after_step)
     if processes.is_main():
-        save_clip(model, vocabulary, settings, Path(config.output_dir) / "model")
+        save_clip(network, vocabulary, settings, Path(config.output_dir) / "model")
     return result
 
 

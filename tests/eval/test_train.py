@@ -12,12 +12,20 @@ import torch
 from PIL import Image
 
 from nextscale.data.captions import parse
-from nextscale.data.checker import judge
+from nextscale.data.checker import falsifiable, judge
 from nextscale.data.scenes import HELD_OUT, sample_scene
 from nextscale.data.sources import open_source
 from nextscale.errors import UserError
 from nextscale.eval.clip import load_clip
-from nextscale.eval.contrastive import contrastive_loss, one_change, rank_first, twins
+from nextscale.eval.contrastive import (
+    PLACED,
+    centre_loss,
+    centres,
+    contrastive_loss,
+    one_change,
+    rank_first,
+    twins,
+)
 from nextscale.eval.feature_network import FeatureNetwork
 from nextscale.eval.train import (
     ClipTrainingConfig,
@@ -130,6 +138,30 @@ def test_one_change_is_false_of_the_scene() -> None:
             assert not all(s.holds for s in judge(scene.shapes, parse(text))), (index, text)
 
 
+def test_every_kind_of_change_gets_its_turn() -> None:
+    scene = next(s for s in (sample_scene(2, i) for i in range(99)) if s.caption.relation)
+    first = {one_change(scene, 1, np.random.default_rng(seed))[0] for seed in range(200)}
+    kinds = falsifiable(scene.caption, scene)
+    assert len(kinds) >= 5
+    for kind, captions in kinds.items():
+        share = len(first & {str(caption) for caption in captions})
+        assert share > 0, kind
+
+
+def test_centres_are_those_of_the_shapes() -> None:
+    scenes = [sample_scene(2, i) for i in range(50)]
+    found = centres(scenes)
+    for scene, rows in zip(scenes, found, strict=True):
+        for (attribute, value), row in zip(PLACED, rows, strict=True):
+            here = [s for s in scene.shapes if getattr(s, attribute) == value]
+            assert bool(row.isnan().any()) == (not here)
+            if here:
+                assert float(row[0]) == pytest.approx(sum(s.x for s in here) / len(here) - 0.5)
+                assert float(row[1]) == pytest.approx(sum(s.y for s in here) / len(here) - 0.5)
+    wrong = found.nan_to_num(7) + 0.5  # what is told of shapes that are not there costs nothing
+    assert float(centre_loss(wrong, found)) == pytest.approx(12 * 0.25)
+
+
 def test_rank_first_counts_the_right_captions() -> None:
     class Fake:
         def texts(self, prompts: list[str]) -> torch.Tensor:
@@ -169,5 +201,7 @@ def test_bad_settings_are_named(tmp_path: Path) -> None:
         Image.new("RGB", (32, 32), (i, 0, 0)).save(folder / f"{i}.png")
         rows.append(json.dumps({"file_name": f"{i}.png", "text": f"number {i}"}))
     (folder / "metadata.jsonl").write_text("\n".join(rows))
-    with pytest.raises(UserError, match="hard_negatives need scenes"):
-        train_clip(clip_config(tmp_path / "x", dataset=str(folder)), progress=False)
+    for name in ("hard_negatives", "centre_weight"):
+        plain = {"hard_negatives": 0, "centre_weight": 0.0, name: 1}
+        with pytest.raises(UserError, match=f"{name} needs scenes"):
+            train_clip(clip_config(tmp_path / name, dataset=str(folder), **plain), progress=False)
