@@ -69,7 +69,7 @@ class Features:
         count: Pictures.
         blocks: Moments of each part of the set, by tap.
         rows: Features [n, d] in the order of the pictures, for taps that were asked for.
-        probabilities: For the Inception score.
+        probabilities: For the Inception score, of each part of the set.
         sizes: How many pictures have which (height, width).
         digests: Hash of each picture's pixels, in order.
     """
@@ -77,7 +77,7 @@ class Features:
     count: int
     blocks: dict[str, list[Moments]] = field(default_factory=dict)
     rows: dict[str, np.ndarray] = field(default_factory=dict)
-    probabilities: SplitProbabilities | None = None
+    probabilities: list[SplitProbabilities] = field(default_factory=list)
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     digests: list[bytes] = field(default_factory=list)
 
@@ -109,8 +109,9 @@ def extract(
         network: Gives the taps.
         moments: Taps whose moments are kept (memory does not grow with the set).
         rows: Taps whose features are kept.
-        blocks: Parts of the set whose moments are kept apart, for the delete-block jackknife;
-            picture i is in part i mod blocks, so that a set sorted by class has all in each.
+        blocks: Parts of the set whose moments and probabilities are kept apart, for the
+            delete-block jackknife; picture i is in part i mod blocks, so that a set sorted by class
+            has all in each.
         splits: For the Inception score, from the tap "logits": the split of each picture, [n].
         batch_size: Pictures at once.
         num_workers: Processes that decode; 0 = this one.
@@ -131,7 +132,8 @@ def extract(
     )
     if splits is not None:
         number = int(splits.max()) + 1
-        found.probabilities = SplitProbabilities.empty(number, network.taps["logits"])
+        classes = network.taps["logits"]
+        found.probabilities = [SplitProbabilities.empty(number, classes) for _ in range(blocks)]
     kept: dict[str, list[np.ndarray]] = {tap: [] for tap in rows}
     buffers = {tap: [[] for _ in range(blocks)] for tap in moments}
     with tqdm(total=len(own), desc=label, unit="image", disable=not progress) as bar:
@@ -145,8 +147,12 @@ def extract(
                 kept[tap].append(taps[tap].cpu().numpy())
             for tap in moments:
                 _buffer(buffers[tap], found.blocks[tap], taps[tap], indices)
-            if found.probabilities is not None and splits is not None:
-                found.probabilities.add(taps["logits"], splits[indices])
+            if splits is not None:
+                part = np.array(indices) % blocks
+                for block in set(part.tolist()):
+                    here = part == block
+                    logits = taps["logits"][torch.from_numpy(here)]
+                    found.probabilities[block].add(logits, splits[np.array(indices)[here]])
             bar.update(len(indices))
     for tap in moments:
         for block in range(blocks):
@@ -185,8 +191,8 @@ def _merge(parts: list[Features]) -> Features:
             whole.blocks[tap] = [a.merge(b) for a, b in pairs]
         for tap, rows in part.rows.items():
             whole.rows[tap] = np.concatenate([whole.rows[tap], rows])
-        if part.probabilities is not None and whole.probabilities is not None:
-            whole.probabilities = whole.probabilities.merge(part.probabilities)
+        both = zip(whole.probabilities, part.probabilities, strict=True)
+        whole.probabilities = [a.merge(b) for a, b in both]
         whole.sizes += part.sizes
         whole.digests += part.digests
     return whole

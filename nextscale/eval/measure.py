@@ -99,8 +99,9 @@ def measure(
         num_reference: Likewise, for a reference that is drawn.
         k: Neighbours of prc.
         seed: Of kid's subsets.
-        jackknife: Standard errors of Fréchet distances: 20 more of them, without a twentieth of
-            the measured pictures each. The reference counts as fixed.
+        jackknife: Standard errors of what is no mean (Fréchet distances, Inception score, KID and
+            CMMD of the full sets, Vendi score) from 20 more values, without a twentieth of the
+            measured pictures each. The reference counts as fixed.
         batch_size: Pictures at once.
         num_workers: Processes that decode.
         cache: Folder where statistics of reference files are kept, by their content; None: off.
@@ -176,7 +177,7 @@ def measure(
         shared = len(set(fake.digests) & set(real.digests))
         if shared:
             warnings.append(f"pictures that are in the reference too: {shared}")
-    pair = Pair(fake, real, statistics, texts, k, seed, progress)
+    pair = Pair(fake, real, statistics, texts, k, seed, jackknife, progress)
     results: dict[str, Any] = {}
     for metric in wanted.values():
         label = both.labels.get(metric.tap)

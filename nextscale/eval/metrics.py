@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from nextscale.eval.features import Features
 from nextscale.eval.frechet import Moments, frechet_distance
 from nextscale.eval.reconstruction import PAIRED, psnr
 from nextscale.eval.scorers import SCORERS
+from nextscale.eval.scores import SplitProbabilities
 from nextscale.eval.statistics import Statistics
 
 BLOCKS = 20  # of the jackknife
@@ -65,12 +66,23 @@ class Pair:
     prompts: Sequence[str]
     k: int
     seed: int
+    jackknife: bool
     progress: bool
 
     def rows(self, tap: str) -> tuple[np.ndarray, np.ndarray]:
         """Features of the reference and of the measured set."""
         assert self.real is not None  # refused before the pass
         return self.real.rows[tap], self.fake.rows[tap]
+
+    def error(self, name: str, without: Callable[[], Iterable[float]]) -> float | None:
+        """Of a figure's values without each of the BLOCKS parts of the measured set.
+
+        Unlike the bootstrap's, whose duplicates bias distances upwards.
+        """
+        if not self.jackknife or self.fake.count < 2 * BLOCKS:
+            return None
+        bar = tqdm(without(), desc=f"{name} error", total=BLOCKS, disable=not self.progress)
+        return pairwise.jackknife_error(np.array(list(bar)))
 
 
 def mean_value(scores: np.ndarray, clusters: Sequence[Any], **params: Any) -> Value:
@@ -103,22 +115,19 @@ def _frechet(name: str, tap: str, *, paired: bool = False) -> Metric:
         def distance(moments: Moments) -> float:
             return frechet_distance(mean, covariance, moments.mean, moments.covariance)
 
-        se = None
-        if len(pair.fake.blocks[tap]) > 1 and whole.count >= 2 * BLOCKS:
-            # Delete-block jackknife; the bootstrap's duplicates would bias the distance upwards.
-            bar = tqdm(pair.fake.blocks[tap], desc=f"{name} error", disable=not pair.progress)
-            without = np.array([distance(whole.without(block)) for block in bar])
-            se = float(np.sqrt((BLOCKS - 1) / BLOCKS * ((without - without.mean()) ** 2).sum()))
+        blocks = pair.fake.blocks[tap]
+        se = pair.error(name, lambda: (distance(whole.without(block)) for block in blocks))
         return {name: Value(distance(whole), False, se)}
 
     return Metric(tap, compute, moments=True, reference=True, paired=paired)
 
 
 def _inception(pair: Pair) -> dict[str, Value]:
-    assert pair.fake.probabilities is not None
-    mean, std = pair.fake.probabilities.score()
-    splits = len(pair.fake.probabilities.counts)
-    return {"isc": Value(mean, True, None, {"splits": splits, "std_over_splits": std})}
+    parts = pair.fake.probabilities
+    whole = SplitProbabilities.sum(parts)
+    mean, std = whole.score()
+    se = pair.error("isc", lambda: (whole.without(part).score()[0] for part in parts))
+    return {"isc": Value(mean, True, se, {"splits": len(whole.counts), "std_over_splits": std})}
 
 
 def _pairwise(tap: str, suffix: str) -> dict[str, Metric]:
@@ -131,8 +140,9 @@ def _pairwise(tap: str, suffix: str) -> dict[str, Metric]:
         params = {"subsets": 100, "subset_size": size, "std": std}
         # Subsets that are most of a set hardly differ: their spread says nothing of the error.
         se = std / 10 if 2 * size <= min(len(real), len(fake)) else None
-        enough = len(fake) >= 2 * BLOCKS
-        error = pairwise.kernel_distance_error(real, fake, BLOCKS) if enough else None
+        error = None
+        if pair.jackknife and len(fake) >= 2 * BLOCKS:
+            error = pairwise.kernel_distance_error(real, fake, BLOCKS)
         return {
             f"kid{suffix}": Value(mean, False, se, params),
             f"kid_full{suffix}": Value(pairwise.kernel_distance(real, fake), False, error),
@@ -140,11 +150,16 @@ def _pairwise(tap: str, suffix: str) -> dict[str, Metric]:
 
     def neighbours(pair: Pair) -> dict[str, Value]:
         found = pairwise.precision_recall(*pair.rows(tap), k=pair.k)
-        params = {"k": pair.k}
-        return {f"{n}{suffix}": Value(v, True, None, params) for n, v in found._asdict().items()}
+        errors = {"precision": found.precision_error, "density": found.density_error}
+        return {
+            f"{name}{suffix}": Value(getattr(found, name), True, errors.get(name), {"k": pair.k})
+            for name in ("precision", "recall", "density", "coverage")
+        }
 
     def vendi(pair: Pair) -> dict[str, Value]:
-        return {f"vendi{suffix}": Value(pairwise.vendi_score(pair.fake.rows[tap]), True)}
+        name, rows = f"vendi{suffix}", pair.fake.rows[tap]
+        se = pair.error(name, lambda: pairwise.vendi_without(rows, BLOCKS))
+        return {name: Value(pairwise.vendi_score(rows), True, se)}
 
     return {
         f"kid{suffix}": Metric(tap, kernel, rows=True, reference=True),
@@ -156,10 +171,15 @@ def _pairwise(tap: str, suffix: str) -> dict[str, Metric]:
 def _cmmd(pair: Pair) -> dict[str, Value]:
     """Jayasumana et al., arXiv 2401.09603: its biased form, and the unbiased one beside it."""
     params = {"sigma": CMMD_SIGMA, "scale": CMMD_SCALE}
-    found = pairwise.rbf_distance(*pair.rows("cmmd"), sigma=CMMD_SIGMA)
+    real, fake = pair.rows("cmmd")
+    found = pairwise.rbf_distance(real, fake, sigma=CMMD_SIGMA)
+    se = None
+    if pair.jackknife and len(fake) >= 2 * BLOCKS:
+        error = pairwise.rbf_distance_error(real, fake, BLOCKS, sigma=CMMD_SIGMA)
+        se = CMMD_SCALE * error
     names = ("cmmd", "cmmd_unbiased")
     return {
-        name: Value(CMMD_SCALE * value, False, None, params)
+        name: Value(CMMD_SCALE * value, False, se, params)
         for name, value in zip(names, found, strict=True)
     }
 

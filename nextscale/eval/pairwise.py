@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -18,12 +18,27 @@ TILE = 4096
 
 
 class Neighbourhoods(NamedTuple):
-    """Of `precision_recall`; each in [0, 1] but density, which may pass 1."""
+    """Of `precision_recall`; each in [0, 1] but density, which may pass 1.
+
+    Precision and density are means over the generated points and have a standard error, with the
+    reference as given.
+    """
 
     precision: float
     recall: float
     density: float
     coverage: float
+    precision_error: float
+    density_error: float
+
+
+def jackknife_error(without: Array) -> float:
+    """Standard error of a statistic by its values without each of B equal parts of the data.
+
+    Delete-block jackknife: sqrt((B - 1) / B sum_b (value_b - their mean)^2).
+    """
+    values = as_float64(without)
+    return float(((len(values) - 1) / len(values) * (values - values.mean()).square().sum()).sqrt())
 
 
 def kernel_distance(x: Array, y: Array) -> float:
@@ -51,26 +66,12 @@ def kernel_distance(x: Array, y: Array) -> float:
 def kernel_distance_error(x: Array, y: Array, blocks: int = 20) -> float:
     """Standard error of `kernel_distance` by the delete-block jackknife over `y`; `x` is fixed.
 
-    Row i of `y` is in block i mod `blocks`. The sums of the kernel over pairs of blocks give all
-    the leave-out values at once.
-
     Args:
         x: Features [n, d] of the reference.
-        y: Features [m, d], m at least twice `blocks`.
+        y: Features [m, d], m at least twice `blocks`; row i is in block i mod `blocks`.
         blocks: How many.
     """
-    x, y = _pair(x, y)
-    parts = [y[block::blocks] for block in range(blocks)]
-    sizes = torch.tensor([len(part) for part in parts], dtype=torch.float64)
-    between = torch.zeros(blocks, blocks, dtype=torch.float64)
-    for a in range(blocks):
-        for b in range(a, blocks):
-            between[a, b] = between[b, a] = _kernel_sum(parts[a], parts[b], diagonal=a != b)
-    cross = torch.tensor([_kernel_sum(x, part) for part in parts], dtype=torch.float64)
-    left = sizes.sum() - sizes
-    own = between.sum() - 2 * between.sum(dim=1) + between.diagonal()
-    values = own / (left * (left - 1)) - 2 * (cross.sum() - cross) / (len(x) * left)
-    return float(((blocks - 1) / blocks * (values - values.mean()).square().sum()).sqrt())
+    return _discrepancy_error(x, y, blocks, _kernel_sum)
 
 
 def kernel_distance_subsets(
@@ -117,6 +118,31 @@ def rbf_distance(x: Array, y: Array, *, sigma: float = 10.0) -> tuple[float, flo
     return biased, xx / (n * (n - 1)) + yy / (m * (m - 1)) - 2 * xy / (n * m)
 
 
+def rbf_distance_error(x: Array, y: Array, blocks: int = 20, *, sigma: float = 10.0) -> float:
+    """Standard error of the unbiased `rbf_distance`; see `kernel_distance_error`."""
+
+    def total(a: Tensor, b: Tensor, *, diagonal: bool = True) -> float:
+        return _rbf_sum(a, b, sigma)  # the diagonal adds 0 in any case
+
+    return _discrepancy_error(x, y, blocks, total)
+
+
+def _discrepancy_error(x: Array, y: Array, blocks: int, total: Callable[..., float]) -> float:
+    """Of an unbiased squared MMD; `total` sums its kernel over all pairs of rows."""
+    x, y = _pair(x, y)
+    parts = [y[block::blocks] for block in range(blocks)]
+    sizes = torch.tensor([len(part) for part in parts], dtype=torch.float64)
+    between = torch.zeros(blocks, blocks, dtype=torch.float64)
+    for a in range(blocks):
+        for b in range(a, blocks):
+            between[a, b] = between[b, a] = total(parts[a], parts[b], diagonal=a != b)
+    # All the leave-out values at once.
+    cross = torch.tensor([total(x, part) for part in parts], dtype=torch.float64)
+    left = sizes.sum() - sizes
+    own = between.sum() - 2 * between.sum(dim=1) + between.diagonal()
+    return jackknife_error(own / (left * (left - 1)) - 2 * (cross.sum() - cross) / (len(x) * left))
+
+
 def precision_recall(real: Array, fake: Array, k: int = 3) -> Neighbourhoods:
     """Improved precision and recall, density and coverage.
 
@@ -152,11 +178,15 @@ def precision_recall(real: Array, fake: Array, k: int = 3) -> Neighbourhoods:
         balls[columns] += inside_real.sum(dim=0)
         recalled[rows] |= inside_fake.any(dim=1)
         covered[rows] |= inside_real.any(dim=1)
+    inside, density = (balls > 0).double(), balls.double() / k
+    root = len(fake) ** 0.5
     return Neighbourhoods(
-        precision=(balls > 0).double().mean().item(),
+        precision=inside.mean().item(),
         recall=recalled.double().mean().item(),
-        density=balls.double().mean().item() / k,
+        density=density.mean().item(),
         coverage=covered.double().mean().item(),
+        precision_error=inside.std().item() / root,
+        density_error=density.std().item() / root,
     )
 
 
@@ -177,14 +207,43 @@ def vendi_score(features: Array, q: float = 1.0) -> float:
     """
     if not q > 0:
         raise UserError(f"q is {q}, but must be above 0 (math.inf for the largest eigenvalue)")
+    rows = _unit_rows(features)
+    # X X^T and X^T X share their eigenvalues: take the smaller one.
+    gram = rows @ rows.T if len(rows) <= rows.shape[1] else rows.T @ rows
+    return _effective_number(gram / len(rows), q)
+
+
+def vendi_without(features: Array, blocks: int) -> Iterator[float]:
+    """`vendi_score` (q = 1) without each block of rows, for its error; row i is in i mod `blocks`.
+
+    Args:
+        features: [n, d], n at least twice `blocks`.
+        blocks: How many.
+    """
+    rows = _unit_rows(features)
+    wide = len(rows) <= rows.shape[1]
+    gram = rows @ rows.T if wide else rows.T @ rows
+    for block in range(blocks):
+        part = rows[block::blocks]
+        left = len(rows) - len(part)
+        if wide:
+            kept = torch.arange(len(rows), device=rows.device) % blocks != block
+            yield _effective_number(gram[kept][:, kept] / left, 1)
+        else:
+            yield _effective_number((gram - part.T @ part) / left, 1)
+
+
+def _unit_rows(features: Array) -> Float[Tensor, "n d"]:
     rows = as_float64(features)
     norms = rows.norm(dim=1, keepdim=True)
     if not bool((norms > 0).all()):
         raise UserError("a feature row is zero and has no direction")
-    rows = rows / norms
-    # X X^T and X^T X share their eigenvalues: take the smaller one.
-    gram = rows @ rows.T if len(rows) <= rows.shape[1] else rows.T @ rows
-    p = torch.linalg.eigvalsh(gram / len(rows))
+    return rows / norms
+
+
+def _effective_number(matrix: Float[Tensor, "n n"], q: float) -> float:
+    """Exp of the Rényi entropy of the eigenvalues, which sum to 1."""
+    p = torch.linalg.eigvalsh(matrix)
     p = p[p > 0]
     if math.isinf(q):
         return float(1 / p.max())

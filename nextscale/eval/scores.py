@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,9 +53,22 @@ class SplitProbabilities:
             self.counts + other.counts,
         )
 
+    @classmethod
+    def sum(cls, parts: Sequence[SplitProbabilities]) -> SplitProbabilities:
+        """Of one part or more."""
+        return functools.reduce(lambda a, b: a.merge(b), parts)
+
+    def without(self, part: SplitProbabilities) -> SplitProbabilities:
+        """Less the sums of a part."""
+        return SplitProbabilities(
+            self.marginal - part.marginal,
+            self.negentropy - part.negentropy,
+            self.counts - part.counts,
+        )
+
     def score(self) -> tuple[float, float]:
         """Mean and population standard deviation over the splits."""
-        mean = self.marginal / self.counts[:, None]
+        mean = (self.marginal / self.counts[:, None]).clamp(min=0)  # `without` may round below 0
         entropy = -torch.special.xlogy(mean, mean).sum(dim=1)
         values = (self.negentropy / self.counts + entropy).exp()
         return float(values.mean()), float(values.std(correction=0))

@@ -181,14 +181,38 @@ def test_statistics_of_others(network: TinyNetwork, tmp_path: Path) -> None:
 
 
 def test_jackknife_error_is_the_spread_of_repeated_draws(network: TinyNetwork) -> None:
-    real = pictures(400, seed=99)
+    real, metrics = pictures(400, seed=99), ("fid", "isc", "kid", "prc", "vendi")
     records = [
-        evaluate(pictures(200, seed), real, network=network)["metrics"]["fid[adm]"]
+        evaluate(pictures(200, seed), real, network=network, metrics=metrics)["metrics"]
         for seed in range(30)
     ]
-    spread = float(np.std([r["value"] for r in records], ddof=1))
-    typical = float(np.mean([r["se"] for r in records]))
-    assert 0.6 * spread < typical < 1.7 * spread
+    for name in ("fid", "isc", "kid_full", "precision", "density", "vendi"):
+        entries = [record[f"{name}[adm]"] for record in records]
+        spread = float(np.std([r["value"] for r in entries], ddof=1))
+        typical = float(np.mean([r["se"] for r in entries]))
+        assert 0.6 * spread < typical < 1.7 * spread, name
+
+
+def test_jackknife_of_the_inception_score_leaves_pictures_out() -> None:
+    network, fake = TinyNetwork("clean"), pictures(80)
+    entry = evaluate(fake, network=network, metrics=["isc"])["metrics"]["isc[clean]"]
+    logits, part = network(list(fake))["logits"].numpy(), np.arange(80) % 20
+    split = np.arange(80) * 10 // 80
+    without = [
+        np.mean([inception_score(logits[(split == s) & (part != b)], 1)[0] for s in range(10)])
+        for b in range(20)
+    ]
+    expected = np.sqrt(19 / 20 * ((without - np.mean(without)) ** 2).sum())
+    assert entry["se"] == pytest.approx(expected, rel=1e-8)
+
+
+def test_without_jackknife_there_are_only_errors_of_means(network: TinyNetwork) -> None:
+    metrics = ("fid", "isc", "kid", "prc", "vendi")
+    record = evaluate(
+        pictures(80), pictures(80, 1), network=network, metrics=metrics, jackknife=False
+    )
+    given = {name for name, entry in record["metrics"].items() if entry["se"] is not None}
+    assert given == {"precision[adm]", "density[adm]"}
 
 
 WORKER = """

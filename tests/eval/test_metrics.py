@@ -26,6 +26,8 @@ from nextscale.eval.pairwise import (
     kernel_distance_error,
     kernel_distance_subsets,
     rbf_distance,
+    rbf_distance_error,
+    vendi_without,
 )
 from nextscale.eval.scores import clip_scores, geneval_aggregate
 
@@ -132,6 +134,9 @@ def test_kernel_distance_error_is_the_spread_of_leaving_blocks_out() -> None:
     values = np.array([kernel_distance(x, y[block != b]) for b in range(5)])
     expected = np.sqrt(4 / 5 * ((values - values.mean()) ** 2).sum())
     assert kernel_distance_error(x, y, blocks=5) == pytest.approx(expected, rel=1e-9)
+    values = np.array([rbf_distance(x, y[block != b], sigma=2.0)[1] for b in range(5)])
+    expected = np.sqrt(4 / 5 * ((values - values.mean()) ** 2).sum())
+    assert rbf_distance_error(x, y, 5, sigma=2.0) == pytest.approx(expected, rel=1e-9)
     several = [rng.normal(0.3, 1, size=(200, 6)) for _ in range(200)]
     spread = np.std([kernel_distance(x, part) for part in several], ddof=1)
     typical = np.mean([kernel_distance_error(x, part) for part in several])
@@ -169,9 +174,16 @@ def test_a_distance_equal_to_the_radius_is_inside() -> None:
 def test_precision_recall_of_a_set_with_itself_and_with_a_far_one() -> None:
     real, _ = features("gauss")
     assert precision_recall(real, real)[:2] == (1.0, 1.0)
-    assert precision_recall(real, real + 100) == (0.0, 0.0, 0.0, 0.0)
+    assert precision_recall(real, real + 100) == (0.0,) * 6
     with pytest.raises(UserError, match="k = 5 neighbours need more points, got 5 and 9"):
         precision_recall(real[:5], real[:9], k=5)
+
+
+@pytest.mark.parametrize("width", [4, 90])
+def test_vendi_score_without_blocks(width: int) -> None:
+    rows = np.random.default_rng(0).normal(0.5, 1, size=(47, width))
+    expected = [vendi_score(rows[np.arange(47) % 5 != b]) for b in range(5)]
+    assert list(vendi_without(rows, 5)) == pytest.approx(expected, rel=1e-10)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if "vendi_gen" in CASES[c]])
