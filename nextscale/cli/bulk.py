@@ -23,7 +23,8 @@ from nextscale.cli.job import (
     remove_pictures,
     resolve_job,
 )
-from nextscale.cli.ranks import on_main, pick_device, process_group
+from nextscale.cli.loading import load_pipeline
+from nextscale.cli.ranks import on_main, process_group
 from nextscale.cli.recipes import to_yaml
 
 if TYPE_CHECKING:
@@ -59,18 +60,9 @@ def generate(config: GenerateConfig, output: Output) -> dict[str, Any]:
 
 
 def _load(job: Job) -> NextScalePipeline:
-    from nextscale.pipeline import NextScalePipeline
-
-    config = job.config
-    pipe = NextScalePipeline.from_pretrained(
-        config.model,
-        device=pick_device(config.device),
-        dtype=config.dtype,
-        revision=config.revision,
-        local_files_only=config.local_files_only,
-    )
-    if config.lora is not None:
-        pipe.load_lora(config.lora, config.lora_scale)
+    pipe = load_pipeline(job.config)
+    if job.config.lora is not None:
+        pipe.load_lora(job.config.lora, job.config.lora_scale)
     return pipe
 
 

@@ -9,7 +9,7 @@ from nextscale import storage
 from nextscale.cli.console import Output, check_folder
 from nextscale.cli.flags import parse
 from nextscale.cli.job import RECIPE, metadata, remove_pictures
-from nextscale.cli.loading import ModelFiles, check_conditions, read_model
+from nextscale.cli.loading import ModelFiles, check_conditions, load_pipeline, read_model
 from nextscale.cli.model_flags import ModelFlags, SamplingFlags
 from nextscale.cli.recipes import to_yaml
 from nextscale.errors import UserError
@@ -79,19 +79,12 @@ def _edit(command: str, config: EditConfig, output: Output) -> None:
     import torch
     from tqdm import tqdm
 
-    from nextscale.cli.ranks import pick_device
     from nextscale.data.images import decode, save_png
-    from nextscale.pipeline import NextScalePipeline, image_seeds
+    from nextscale.pipeline import image_seeds
     from nextscale.training.grid import save_grid
 
     originals = [decode(name) for name in config.image]
-    pipe = NextScalePipeline.from_pretrained(
-        config.model,
-        device=pick_device(config.device),
-        dtype=config.dtype,
-        revision=config.revision,
-        local_files_only=config.local_files_only,
-    )
+    pipe = load_pipeline(config)
     images = torch.stack([_fit(image, pipe.tokenizer.resolution) for image in originals])
     seeds = image_seeds(None if config.seed == -1 else config.seed, None, len(images))
     edited, paths = [], []

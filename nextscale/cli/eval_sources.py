@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nextscale.cli.console import Output
+from nextscale.cli.loading import load_pipeline, load_tokenizer, read_model
+from nextscale.cli.model_flags import ModelFlags
 from nextscale.cli.ranks import pick_device
 from nextscale.errors import UserError
 
@@ -137,14 +139,12 @@ def _prompts(config: EvalConfig, images: Images) -> list[str]:
 
 def _drawn(config: EvalConfig) -> Source:
     """The pipeline as a source of pictures."""
-    from nextscale.cli.loading import read_model
     from nextscale.data.benchmark import load_benchmark
     from nextscale.data.images import to_uint8
     from nextscale.eval.images import DrawnImages
-    from nextscale.pipeline import NextScalePipeline
 
     assert config.model is not None
-    pipe = NextScalePipeline.from_pretrained(config.model, device=pick_device(config.device))
+    pipe = load_pipeline(ModelFlags(model=config.model, device=config.device))
     conditioner = pipe.transformer.conditioner
     prompts: list[str] | None = None
     if conditioner.prompts:
@@ -182,7 +182,6 @@ def _reconstructed(config: EvalConfig) -> Source:
     import numpy as np
     import torch
 
-    from nextscale.cli.loading import load_tokenizer
     from nextscale.data.images import to_float, to_uint8
     from nextscale.data.sources import open_source
     from nextscale.eval.images import DrawnImages
@@ -224,18 +223,14 @@ def open_networks(
 
     taps = {METRICS[name].tap for name in config.metrics}
     found: list[Network] = []
-    of_samples: list[Network] = []
-    warnings: list[str] = []
     if taps & set(TAPS):
         found.append(open_inception(config, output))
     if "scenes" in taps:
-        from nextscale import storage
-        from nextscale.eval.feature_network import BUNDLED, FeatureNetwork, SmallFeatures
-
-        name = config.features_model
-        folder = storage.ASSETS / name if name == BUNDLED else Path(name)
-        network = FeatureNetwork.from_pretrained(folder)
-        found.append(SmallFeatures(network, name, device=pick_device(config.device)))
+        found.append(_small_features(config))
+    if "dinov2" in taps:
+        found.append(_dinov2(config))
+    of_samples: list[Network] = []
+    warnings: list[str] = []
     by_model: dict[str, list[str]] = {}
     for tap in sorted(taps & {"clip", "cosine", "cmmd"}):
         default = CLIP_MODELS["cmmd" if tap == "cmmd" else "clip"]
@@ -253,13 +248,24 @@ def open_networks(
                 warnings.append(f"{cut} prompts are longer than {name} reads, and were cut")
         if wanted != ["cosine"]:
             found.append(ClipFeatures(clip, [tap for tap in wanted if tap != "cosine"]))
-    if "dinov2" in taps:
-        from nextscale.eval.dinov2 import WEIGHTS, DinoV2
-        from nextscale.eval.weights import find_weights
-
-        path = find_weights(WEIGHTS, config.dinov2_weights, download=config.download)
-        found.append(DinoV2(path, device=pick_device(config.device)))
     return (Joined(found) if found else None), of_samples, warnings
+
+
+def _small_features(config: EvalConfig) -> Network:
+    from nextscale import storage
+    from nextscale.eval.feature_network import BUNDLED, FeatureNetwork, SmallFeatures
+
+    name = config.features_model
+    network = FeatureNetwork.from_pretrained(storage.ASSETS / name if name == BUNDLED else name)
+    return SmallFeatures(network, name, device=pick_device(config.device))
+
+
+def _dinov2(config: EvalConfig) -> Network:
+    from nextscale.eval.dinov2 import WEIGHTS, DinoV2
+    from nextscale.eval.weights import find_weights
+
+    path = find_weights(WEIGHTS, config.dinov2_weights, download=config.download)
+    return DinoV2(path, device=pick_device(config.device))
 
 
 def open_inception(config: NetworkFlags, output: Output) -> Inception:

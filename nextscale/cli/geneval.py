@@ -7,8 +7,8 @@ from typing import Any
 
 from nextscale.cli.console import Output, number, table
 from nextscale.cli.flags import parse
+from nextscale.cli.loading import load_pipeline
 from nextscale.cli.model_flags import ModelFlags, SamplingFlags
-from nextscale.cli.ranks import pick_device
 from nextscale.cli.recipes import to_yaml
 from nextscale.errors import UserError
 
@@ -61,18 +61,11 @@ def run(command: str, arguments: list[str]) -> int:
 def _draw(config: GenevalConfig, output: Output) -> None:
     from nextscale.data.images import to_uint8
     from nextscale.eval.geneval import read_lines, write_folders
-    from nextscale.pipeline import NextScalePipeline
 
     assert config.prompts is not None
     assert config.output_dir is not None
     lines = read_lines(config.prompts)
-    pipe = NextScalePipeline.from_pretrained(
-        config.model,
-        device=pick_device(config.device),
-        dtype=config.dtype,
-        revision=config.revision,
-        local_files_only=config.local_files_only,
-    )
+    pipe = load_pipeline(config)
     if not pipe.transformer.conditioner.prompts:
         raise UserError(f"{config.model} draws classes, not prompts")
 

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nextscale import storage
+from nextscale.cli.model_flags import ModelFlags
+from nextscale.cli.ranks import pick_device
 from nextscale.errors import UserError
 
 if TYPE_CHECKING:
+    from nextscale.pipeline import NextScalePipeline
     from nextscale.tokenizers import MultiscaleVQ
 
 
@@ -82,6 +85,23 @@ def check_conditions(model: ModelFiles, conditions: Sequence[str]) -> None:
         # Not on the meta device: that imports torch._dynamo and sympy, two seconds.
         path = model.folder / "conditioner" / "config.json"
         storage.build(CONDITIONERS[kind], values, path).tokenize(unique)
+
+
+def load_pipeline(flags: ModelFlags) -> NextScalePipeline:
+    """The pipeline that the flags name.
+
+    Raises:
+        UserError: If there is none at that place.
+    """
+    from nextscale.pipeline import NextScalePipeline
+
+    return NextScalePipeline.from_pretrained(
+        flags.model,
+        device=pick_device(flags.device),
+        dtype=flags.dtype,
+        revision=flags.revision,
+        local_files_only=flags.local_files_only,
+    )
 
 
 def load_tokenizer(name: str, device: str, dtype: str) -> MultiscaleVQ:

@@ -131,16 +131,7 @@ def measure(
         _check_reference(wanted, images, real_images, reference, k)
 
     networks = [*([] if network is None else [network]), *sample_networks]
-    scores = {name: (SCORERS | own)[name] for name in metrics if name in SCORERS | own}
-    if scores:
-        networks.append(Scored(scores, texts))
-    pair_taps = sorted({m.tap for m in wanted.values() if m.paired and not m.reference})
-    if pair_taps and real_images is not None:
-        networks.append(Paired(real_images, pair_taps, lpips))
-    both = Joined(networks)
-    missing = sorted({m.tap for m in wanted.values()} - set(both.taps))
-    if missing:
-        raise UserError(f"there is no network that gives {', '.join(missing)} features")
+    both = _join(networks, wanted, SCORERS | own, texts, real_images, lpips)
     warnings: list[str] = []
     if statistics is not None:
         warnings += filter(None, [check_same(statistics, both.fingerprint())])
@@ -178,12 +169,7 @@ def measure(
         if shared:
             warnings.append(f"pictures that are in the reference too: {shared}")
     pair = Pair(fake, real, statistics, texts, k, seed, jackknife, progress)
-    results: dict[str, Any] = {}
-    for metric in wanted.values():
-        label = both.labels.get(metric.tap)
-        for name, value in metric.compute(pair).items():
-            key = name if label is None else f"{name}[{label}]"
-            results[key] = _record(value, label, fake.count, _reference_count(metric, pair))
+    results = _results(wanted, pair, both.labels)
     seconds = time.perf_counter() - began
     count = fake.count + (real.count if real else 0)
     manifest = {
@@ -198,6 +184,42 @@ def measure(
     }
     record = {"schema": SCHEMA, "metrics": results, "warnings": warnings, "manifest": manifest}
     return Measured(record, images, fake, real, texts)
+
+
+def _join(
+    networks: Sequence[Network],
+    wanted: Mapping[str, Metric],
+    scorers: Mapping[str, Scorer],
+    texts: Sequence[str],
+    originals: Images | None,
+    lpips: torch.nn.Module | None,
+) -> Joined:
+    """The networks, with scorers and comparisons of pairs as further ones."""
+    found = list(networks)
+    scores = {name: scorers[name] for name in wanted if name in scorers}
+    if scores:
+        found.append(Scored(scores, texts))
+    pair_taps = sorted({m.tap for m in wanted.values() if m.paired and not m.reference})
+    if pair_taps and originals is not None:
+        found.append(Paired(originals, pair_taps, lpips))
+    both = Joined(found)
+    missing = sorted({m.tap for m in wanted.values()} - set(both.taps))
+    if missing:
+        raise UserError(f"there is no network that gives {', '.join(missing)} features")
+    return both
+
+
+def _results(
+    wanted: Mapping[str, Metric], pair: Pair, labels: Mapping[str, str]
+) -> dict[str, dict[str, Any]]:
+    """Every figure by its name[label]."""
+    found = {}
+    for metric in wanted.values():
+        label = labels.get(metric.tap)
+        for name, value in metric.compute(pair).items():
+            key = name if label is None else f"{name}[{label}]"
+            found[key] = _record(value, label, pair.fake.count, _reference_count(metric, pair))
+    return found
 
 
 def _measure_reference(
