@@ -41,11 +41,11 @@ def run(command: str, arguments: list[str]) -> int:
         from nextscale.tokenizers.train import TokenizerTrainingConfig as settings
         from nextscale.tokenizers.train import train_tokenizer as train
     elif command == "train features":
-        from nextscale.eval.train import FeaturesTrainingConfig as settings
-        from nextscale.eval.train import train_features as train
+        from nextscale.eval.train_features import FeaturesTrainingConfig as settings
+        from nextscale.eval.train_features import train_features as train
     elif command == "train clip":
-        from nextscale.eval.train import ClipTrainingConfig as settings
-        from nextscale.eval.train import train_clip as train
+        from nextscale.eval.train_clip import ClipTrainingConfig as settings
+        from nextscale.eval.train_clip import train_clip as train
     else:
         from nextscale.var.train import TransformerTrainingConfig as settings
         from nextscale.var.train import train_transformer as train

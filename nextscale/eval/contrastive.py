@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -56,16 +57,28 @@ def contrastive_loss(
     return loss, (per_image.argmax(dim=1) == target).float().mean()
 
 
-def one_change(scene: Scene, count: int, rng: np.random.Generator) -> list[str]:
+def one_change(
+    scene: Scene, count: int, rng: np.random.Generator, *, relations: bool = False
+) -> list[str]:
     """False captions of a scene, each with one statement of the true one changed.
 
     Kinds of statements come in turn, in random order; captions repeat only if there are fewer.
+
+    Args:
+        scene: With its true caption.
+        count: How many.
+        rng: Of the order.
+        relations: All false relations come first, where the caption states one.
     """
-    kinds = list(falsifiable(scene.caption, scene).values())
+    found = falsifiable(scene.caption, scene)
+    first = found.pop("relation") if relations and scene.caption.relation else []
+    kinds = list(found.values())
     turns = [kinds[i] for i in rng.permutation(len(kinds))]
-    piles = [list(rng.permutation([str(c) for c in found])) for found in turns]
-    order = [pile[i] for i in range(max(map(len, piles))) for pile in piles if i < len(pile)]
-    return [str(order[i % len(order)]) for i in range(count)]
+    piles = [rng.permutation([str(caption) for caption in kind]) for kind in turns]
+    order = [str(caption) for caption in first]
+    rng.shuffle(order)
+    order += [str(pile[i]) for i in range(max(map(len, piles))) for pile in piles if i < len(pile)]
+    return [order[i % len(order)] for i in range(count)]
 
 
 def centres(scenes: Sequence[Scene]) -> Float[Tensor, "b p 2"]:
@@ -104,7 +117,7 @@ def rank_first(
         false: Further captions per picture; the rest are those of the pictures that follow.
         among: Captions per picture, the right one included.
     """
-    wins = 0
+    rivals: list[list[str]] = []
     for i, own in enumerate(captions):
         others = dict.fromkeys(false[i])
         for step in range(1, len(captions)):
@@ -112,6 +125,11 @@ def rank_first(
                 break
             others.setdefault(captions[(i + step) % len(captions)])
             others.pop(own, None)
-        scores = clip.texts([own, *others]) @ images[i]
-        wins += bool(scores[0] > scores[1:].max())
+        rivals.append(list(others))
+    texts = list(dict.fromkeys([*captions, *itertools.chain(*rivals)]))
+    place = {text: row for row, text in enumerate(texts)}
+    vectors, wins = clip.texts(texts), 0
+    for image, own, others in zip(images, captions, rivals, strict=True):
+        best = (vectors[[place[other] for other in others]] @ image).max()
+        wins += bool(vectors[place[own]] @ image > best)
     return wins / len(captions)

@@ -37,7 +37,15 @@ from nextscale.tokenizers.codebook import (
 )
 from nextscale.tokenizers.quantizer import PhiConv, phi_index
 from nextscale.tokenizers.tokenizer import MultiscaleVQ, TokenizerConfig, psnr
-from nextscale.training import FitResult, TrainingConfig, fit, frozen, save_grid
+from nextscale.training import (
+    FitResult,
+    TrainingConfig,
+    adamw,
+    decay_groups,
+    fit,
+    frozen,
+    save_grid,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -370,17 +378,8 @@ def _scale_dropout(
 
 def _adamw(module: nn.Module, config: TokenizerTrainingConfig) -> torch.optim.Optimizer:
     """AdamW whose biases, norms and codes do not decay."""
-    parameters = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-    decayed = [p for n, p in parameters if p.ndim > 1 and "codebook" not in n]
-    plain = [p for n, p in parameters if p.ndim <= 1 or "codebook" in n]
-    return torch.optim.AdamW(
-        [{"params": decayed}, {"params": plain, "decay": False, "weight_decay": 0.0}],
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+    groups = decay_groups(module.named_parameters(), lambda name: "codebook" in name)
+    return adamw(groups, config)
 
 
 def _save_pictures(tokenizer: MultiscaleVQ, source: ImageSource, path: Path) -> None:

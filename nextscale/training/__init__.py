@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from nextscale.training.config import TrainingConfig
     from nextscale.training.grid import save_grid
     from nextscale.training.loop import FitResult, fit
+    from nextscale.training.optimizers import adamw, decay_groups
     from nextscale.training.schedules import lr_factor, weight_decay_at
     from nextscale.training.session import bare, frozen
 
@@ -20,6 +21,8 @@ _HOME = {
     "FitResult": "loop",
     "bare": "session",
     "frozen": "session",
+    "adamw": "optimizers",
+    "decay_groups": "optimizers",
     "latest_checkpoint": "checkpoint",
     "lr_factor": "schedules",
     "weight_decay_at": "schedules",
@@ -29,7 +32,9 @@ _HOME = {
 __all__ = [
     "FitResult",
     "TrainingConfig",
+    "adamw",
     "bare",
+    "decay_groups",
     "fit",
     "frozen",
     "latest_checkpoint",

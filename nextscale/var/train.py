@@ -20,8 +20,7 @@ from nextscale.errors import UserError, require
 from nextscale.streams import stream
 from nextscale.tokenizers import MultiscaleVQ
 from nextscale.tokenizers.token_maps import TokenMaps, is_token_maps
-from nextscale.training import FitResult, TrainingConfig, fit, save_grid
-from nextscale.training.muon import MuonWithAdamW
+from nextscale.training import FitResult, TrainingConfig, adamw, decay_groups, fit, save_grid
 from nextscale.var.conditioning import (
     ClassConditioner,
     Conditioner,
@@ -348,32 +347,12 @@ def _fit_classes(
 
 
 def _optimizer(model: nn.Module, config: TransformerTrainingConfig) -> torch.optim.Optimizer:
-    decayed: list[Tensor] = []
-    plain: list[Tensor] = []
-    matrices: list[Tensor] = []
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if config.optimizer == "muon" and parameter.ndim == 2 and name.startswith(_MUON):
-            matrices.append(parameter)
-        elif parameter.ndim == 1 or name.endswith(_NOT_DECAYED):
-            plain.append(parameter)
-        else:
-            decayed.append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": decayed},
-        {"params": plain, "decay": False, "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    settings: dict[str, Any] = {
-        "lr": config.learning_rate,
-        "betas": (config.adam_beta1, config.adam_beta2),
-        "eps": config.adam_epsilon,
-        "weight_decay": config.weight_decay,
-    }
-    if matrices:
-        return MuonWithAdamW([{"params": matrices}], groups, **settings)
-    return torch.optim.AdamW(groups, fused=True, **settings)
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    muon = config.optimizer == "muon"
+    matrices = {n: p for n, p in parameters.items() if muon and p.ndim == 2 and n.startswith(_MUON)}
+    rest = [(n, p) for n, p in parameters.items() if n not in matrices]
+    groups = decay_groups(rest, lambda name: name.endswith(_NOT_DECAYED))
+    return adamw(groups, config, matrices=list(matrices.values()))
 
 
 def _progress_at(

@@ -27,12 +27,8 @@ from nextscale.eval.contrastive import (
     twins,
 )
 from nextscale.eval.feature_network import FeatureNetwork
-from nextscale.eval.train import (
-    ClipTrainingConfig,
-    FeaturesTrainingConfig,
-    train_clip,
-    train_features,
-)
+from nextscale.eval.train_clip import ClipTrainingConfig, train_clip
+from nextscale.eval.train_features import FeaturesTrainingConfig, train_features
 
 pytest.importorskip("timm")
 pytest.importorskip("open_clip")

@@ -19,7 +19,7 @@ from nextscale.errors import MissingExtraError, UserError
 from nextscale.storage import read_tensors
 from nextscale.streams import batch_indices
 from nextscale.training import fit
-from nextscale.training.muon import MuonWithAdamW
+from nextscale.training.optimizers import MuonWithAdamW
 
 PROGRAM = Path(tiny.__file__)
 

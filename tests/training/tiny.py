@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from nextscale.training import FitResult, TrainingConfig, fit, frozen
-from nextscale.training.muon import MuonWithAdamW
+from nextscale.training.optimizers import MuonWithAdamW
 
 SIZE = 20
 DEFAULTS: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Muon for the matrices of a network and AdamW for the rest, as one optimizer."""
+"""AdamW with its groups, and Muon for the matrices of a network beside it, as one optimizer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,48 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
+
+from nextscale.training.config import TrainingConfig
+
+
+def decay_groups(
+    parameters: Iterable[tuple[str, nn.Parameter]], plain: Callable[[str], bool] | None = None
+) -> list[dict[str, Any]]:
+    """Trainable parameters in groups with and without weight decay; no group is empty.
+
+    Args:
+        parameters: With their names.
+        plain: Names of parameters that do not decay, besides vectors (biases, norms).
+    """
+    groups: list[dict[str, Any]] = [
+        {"params": []},
+        {"params": [], "decay": False, "weight_decay": 0.0},
+    ]
+    for name, parameter in parameters:
+        if parameter.requires_grad:
+            spared = parameter.ndim <= 1 or (plain is not None and plain(name))
+            groups[spared]["params"].append(parameter)
+    return [group for group in groups if group["params"]]
+
+
+def adamw(
+    groups: list[dict[str, Any]],
+    config: TrainingConfig,
+    *,
+    matrices: list[nn.Parameter] | None = None,
+) -> Optimizer:
+    """AdamW over the groups, with the settings of a run; with Muon for these matrices, if any."""
+    settings: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_epsilon,
+        "weight_decay": config.weight_decay,
+    }
+    if matrices:
+        return MuonWithAdamW([{"params": matrices}], groups, **settings)
+    return AdamW(groups, fused=True, **settings)
 
 
 class MuonWithAdamW(Optimizer):
