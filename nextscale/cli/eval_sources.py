@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from nextscale.cli.ranks import pick_device
 from nextscale.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Sequence, Set
 
     import torch
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from nextscale.eval.images import Images
     from nextscale.eval.inception import Inception
 
+DRAWN_AT_ONCE = 16  # as `nextscale generate`
 WORLDS = ("scenes", "scenes-all", "digits")
 # The networks that the published figures are made with.
 CLIP_MODELS = {"clip": "ViT-B-32-quickgelu", "cmmd": "ViT-L-14-336-quickgelu"}
@@ -51,6 +53,11 @@ def open_samples(config: EvalConfig, *, prompts: bool) -> Source:
     if config.samples is not None:
         from nextscale.eval.images import open_images
 
+        if config.num_images is not None:
+            raise UserError(
+                f"--num_images is for --model and built-in worlds; all of {config.samples} is "
+                "measured"
+            )
         images = open_images(config.samples)
         return Source(images, _prompts(config, images) if prompts else None)
     return _reconstructed(config) if config.reconstruct is not None else _drawn(config)
@@ -106,8 +113,13 @@ def _rows_of(data: Any) -> Any:
     """A dataset as f(start, count)."""
     import numpy as np
 
+    from nextscale.data.images import BadImage
+
     def read(start: int, count: int) -> np.ndarray:
-        images = data.load(np.arange(start, start + count)).images
+        try:
+            images = data.load(np.arange(start, start + count)).images
+        except BadImage as error:
+            raise UserError(f"{error.name} is no readable image: {error.reason}") from error
         return images.permute(0, 2, 3, 1).numpy()
 
     return read
@@ -139,6 +151,8 @@ def _prompts(config: EvalConfig, images: Images) -> list[str]:
 
 def _drawn(config: EvalConfig) -> Source:
     """The pipeline as a source of pictures."""
+    import numpy as np
+
     from nextscale.data.benchmark import load_benchmark
     from nextscale.data.images import to_uint8
     from nextscale.eval.images import DrawnImages
@@ -147,6 +161,7 @@ def _drawn(config: EvalConfig) -> Source:
     pipe = load_pipeline(ModelFlags(model=config.model, device=config.device))
     conditioner = pipe.transformer.conditioner
     prompts: list[str] | None = None
+    labels = None
     if conditioner.prompts:
         prompts = load_benchmark(config.benchmark)
         count = config.num_images or len(prompts)
@@ -155,16 +170,25 @@ def _drawn(config: EvalConfig) -> Source:
     else:
         classes = conditioner.config()["num_classes"]
         count = config.num_images or 50 * classes
-        conditions = {"class_labels": [i * classes // count for i in range(count)]}
+        labels = np.arange(count) * classes // count
+        conditions = {"class_labels": labels.tolist()}
     settings = config.sampling()
+    size = min(DRAWN_AT_ONCE, count)
 
-    def draw(start: int, number: int) -> Any:
+    @lru_cache(maxsize=2)
+    def block(number: int) -> np.ndarray:
+        # Always of one size, the last one padded, as `nextscale generate` has it: what is drawn
+        # does not depend on the batches of the pass or the number of processes.
+        rows = [min(number * size + i, count - 1) for i in range(size)]
         given: dict[str, Any] = {
-            key: values[start : start + number] for key, values in conditions.items()
+            key: [values[i] for i in rows] for key, values in conditions.items()
         }
-        seeds = [config.seed + i for i in range(start, start + number)]
+        seeds = [config.seed + i for i in rows]
         images = pipe(**given, **settings, seed=seeds, output_type="pt").images
         return to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
+
+    def draw(start: int, number: int) -> np.ndarray:
+        return np.stack([block(i // size)[i % size] for i in range(start, start + number)])
 
     about = {
         "model": config.model,
@@ -172,9 +196,10 @@ def _drawn(config: EvalConfig) -> Source:
         "generation": {**asdict(pipe.generation), **settings, "seed": config.seed},
         "captions": config.benchmark if prompts else None,
         "pixels": pipe.tokenizer.resolution[0],
+        "dtype": str(pipe.dtype).removeprefix("torch."),
     }
     kept = None if config.save_images is None else Path(config.save_images)
-    return Source(DrawnImages(draw, count, kept, about), prompts, None, about)
+    return Source(DrawnImages(draw, count, kept, about, labels), prompts, None, about)
 
 
 def _reconstructed(config: EvalConfig) -> Source:
@@ -191,7 +216,12 @@ def _reconstructed(config: EvalConfig) -> Source:
     tokenizer = load_tokenizer(config.model, pick_device(config.device), "auto")
     side = tokenizer.resolution[0]
     data = open_source(
-        config.reconstruct, resolution=side, split="validation", num_images=config.num_images
+        config.reconstruct,
+        resolution=side,
+        split="validation",
+        num_images=config.num_images,
+        strict=True,  # a stand-in for a broken file would count twice
+        overscale=1.0,
     )
     if config.num_images is None and config.reconstruct in WORLDS[:2]:
         raise UserError(f"{config.reconstruct} has no end: pass --num_images N")
@@ -214,14 +244,12 @@ def _reconstructed(config: EvalConfig) -> Source:
 
 
 def open_networks(
-    config: EvalConfig, prompts: Sequence[str] | None, output: Output
+    config: NetworkFlags, taps: Set[str], prompts: Sequence[str] | None, output: Output
 ) -> tuple[Network | None, list[Network], list[str]]:
-    """The networks that the metrics need: for both sets, for the samples alone; and warnings."""
+    """The networks that give the taps: for both sets, for the samples alone; and warnings."""
     from nextscale.eval.features import Joined
     from nextscale.eval.inception import TAPS
-    from nextscale.eval.metrics import METRICS
 
-    taps = {METRICS[name].tap for name in config.metrics}
     found: list[Network] = []
     if taps & set(TAPS):
         found.append(open_inception(config, output))
@@ -251,16 +279,18 @@ def open_networks(
     return (Joined(found) if found else None), of_samples, warnings
 
 
-def _small_features(config: EvalConfig) -> Network:
+def _small_features(config: NetworkFlags) -> Network:
     from nextscale import storage
     from nextscale.eval.feature_network import BUNDLED, FeatureNetwork, SmallFeatures
 
     name = config.features_model
     network = FeatureNetwork.from_pretrained(storage.ASSETS / name if name == BUNDLED else name)
-    return SmallFeatures(network, name, device=pick_device(config.device))
+    # Records name the run, not the place on this machine.
+    short = "/".join(Path(name).parts[-2:])
+    return SmallFeatures(network, short, device=pick_device(config.device))
 
 
-def _dinov2(config: EvalConfig) -> Network:
+def _dinov2(config: NetworkFlags) -> Network:
     from nextscale.eval.dinov2 import WEIGHTS, DinoV2
     from nextscale.eval.weights import find_weights
 

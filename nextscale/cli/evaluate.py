@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +12,6 @@ import tyro
 from nextscale import processes, storage
 from nextscale.cli.console import Output, number, table
 from nextscale.cli.eval_sources import (
-    open_inception,
     open_lpips,
     open_networks,
     open_reference,
@@ -20,7 +19,7 @@ from nextscale.cli.eval_sources import (
 )
 from nextscale.cli.flags import parse
 from nextscale.cli.model_flags import SamplingFlags
-from nextscale.cli.ranks import process_group
+from nextscale.cli.ranks import pick_device, process_group
 from nextscale.cli.recipes import read_recipe, recipe_flags, recipe_names, to_yaml
 from nextscale.errors import UserError
 
@@ -62,6 +61,15 @@ class NetworkFlags:
     """Processes that decode."""
     device: str | None = None
     """cpu, cuda, cuda:1; None: a GPU if there is one."""
+    features_model: str = "scenes-features"
+    """Feature network of fd_scenes and its relatives; a folder of `train features`."""
+    clip_model: str | None = None
+    """scenes-clip (bundled), an open_clip model folder, or a name of open_clip's list, such as
+    ViT-L-14-quickgelu; None: what each metric was published with."""
+    clip_weights: str | None = None
+    """File of its weights; None: NEXTSCALE_CLIP, then the hub's cache."""
+    dinov2_weights: str | None = None
+    """timm's file of DINOv2 ViT-L/14; None: NEXTSCALE_DINOV2, then the hub's cache."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -110,15 +118,6 @@ class EvalConfig(SamplingFlags, NetworkFlags):
     """Neighbours of precision and recall."""
     se: Literal["jackknife", "none"] = "jackknife"
     """Standard error of Fréchet distances."""
-    features_model: str = "scenes-features"
-    """Feature network of fd_scenes and its relatives; a folder of `train features`."""
-    clip_model: str | None = None
-    """scenes-clip (bundled), an open_clip model folder, or a name of open_clip's list, such as
-    ViT-L-14-quickgelu; None: what each metric was published with."""
-    clip_weights: str | None = None
-    """File of its weights; None: NEXTSCALE_CLIP, then the hub's cache."""
-    dinov2_weights: str | None = None
-    """timm's file of DINOv2 ViT-L/14; None: NEXTSCALE_DINOV2, then the hub's cache."""
     lpips_weights: str | None = None
     """torchvision's file of AlexNet; None: NEXTSCALE_ALEXNET, then the caches."""
     cache: bool = True
@@ -135,6 +134,8 @@ class EvalConfig(SamplingFlags, NetworkFlags):
         for name in ("reconstruct", "save_images"):
             if getattr(self, name) is not None and self.samples is not None:
                 raise UserError(f"--{name} goes with --model, not with --samples")
+        if self.reconstruct is not None and self.save_images is not None:
+            raise UserError("--save_images keeps drawn pictures; use nextscale reconstruct instead")
         if self.num_reference < 2:
             raise UserError(f"num_reference must be 2 or more, got {self.num_reference}.")
 
@@ -147,6 +148,8 @@ class StatsConfig(NetworkFlags):
     """Pictures: a folder, .npz with arr_0, .npy, .zip, .tar or .parquet."""
     output: str
     """The .npz."""
+    features: Literal["inception", "scenes", "clip", "dinov2", "cmmd"] = "inception"
+    """Of which network: inception for fid, sfid, and X for fd_X."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,8 +193,11 @@ def run(command: str, arguments: list[str]) -> int:
     if output.print_config:
         print(to_yaml(command, asdict(config)), end="")
         return 0
-    work: Any = {"eval": _evaluate, "eval stats": _stats, "eval pack": _pack}.get(command, _compare)
-    work(config, output)
+    if command == "eval":
+        _evaluate(config, output, arguments)
+    else:
+        work: Any = {"eval stats": _stats, "eval pack": _pack, "eval compare": _compare}[command]
+        work(config, output)
     return 0
 
 
@@ -209,7 +215,12 @@ def _expand_preset(words: list[str]) -> list[str]:
     return words
 
 
-def _evaluate(config: EvalConfig, output: Output) -> None:
+def _short(word: str) -> str:
+    """A path by its last part: records hold no places of a machine."""
+    return Path(word).name if Path(word).is_absolute() else word
+
+
+def _evaluate(config: EvalConfig, output: Output, arguments: list[str]) -> None:
     from nextscale.eval.measure import check_request, measure
     from nextscale.eval.metrics import METRICS
     from nextscale.eval.published import PUBLISHED
@@ -225,8 +236,12 @@ def _evaluate(config: EvalConfig, output: Output) -> None:
         reference = open_reference(config, source)
         warnings: list[str] = []
         if config.preset in PUBLISHED:
-            warnings += PUBLISHED[config.preset].check(source.images, reference)
-        network, of_samples, about_prompts = open_networks(config, source.prompts, output)
+            _check_preset(config)
+            side = source.about.get("pixels")
+            warnings += PUBLISHED[config.preset].check(source.images, reference, side)
+        network, of_samples, about_prompts = open_networks(
+            config, {metric.tap for metric in asked}, source.prompts, output
+        )
         taps = [metric.tap for metric in asked if metric.moments or metric.rows]
         own = [] if network is None else [tap for tap in taps if tap in network.taps]
         measured = measure(
@@ -249,7 +264,8 @@ def _evaluate(config: EvalConfig, output: Output) -> None:
     record["warnings"] = [*warnings, *about_prompts, *record["warnings"]]
     record["manifest"] |= source.about
     record["manifest"]["preset"] = config.preset
-    record["manifest"]["command"] = " ".join(["nextscale", "eval", *sys.argv[2:]])
+    record["manifest"]["command"] = shlex.join(["nextscale", "eval", *map(_short, arguments)])
+    record["manifest"]["device"] = pick_device(config.device)
     record["valid"] = config.random_weights is None
     if not processes.is_main():
         return
@@ -272,6 +288,18 @@ def _evaluate(config: EvalConfig, output: Output) -> None:
             output.say(f"plot: {path}")
 
 
+def _check_preset(config: EvalConfig) -> None:
+    """A published protocol is all of its settings; only the metrics are free."""
+    assert config.preset is not None
+    fixed = {"precision": "float32", **read_recipe(f"eval-{config.preset}", "eval")}
+    drawing = {*SamplingFlags.__dataclass_fields__}
+    for name, wanted in fixed.items():
+        value = getattr(config, name)
+        value = list(value) if isinstance(value, tuple) else value
+        if name != "metrics" and value != wanted and not (config.samples and name in drawing):
+            raise UserError(f"{config.preset} has {name} {wanted}, not {value}; drop --preset")
+
+
 def _row(name: str, entry: dict[str, Any]) -> tuple[str, ...]:
     se = "" if entry["se"] is None else f"{entry['se']:.2g}"
     n_ref = "" if entry["n_ref"] is None else str(entry["n_ref"])
@@ -287,23 +315,26 @@ def _stats(config: StatsConfig, output: Output) -> None:
 
     if Path(config.output).suffix != ".npz":
         raise UserError(f"--output must end in .npz, got {config.output}")
+    taps = ("pool", "spatial") if config.features == "inception" else (config.features,)
     with process_group():
-        network = open_inception(config, output)
+        network, _, _ = open_networks(config, {*taps}, None, output)
+        assert network is not None
         images = open_images(config.samples)
         features = extract(
             images,
             network,
-            moments=("pool", "spatial"),
+            moments=taps,
             batch_size=config.batch_size,
             num_workers=config.num_workers,
             progress=output.bar(),
         )
     if processes.is_main():
-        for warning in warnings_of(images, features, ("pool", "spatial"), network):
+        for warning in warnings_of(images, features, taps, network):
             output.note(f"warning: {warning}")
         statistics = statistics_of(features, network.fingerprint(), config.output)
         save_statistics(statistics, config.output)
-        text = f"statistics of {features.count} pictures [{config.protocol}] in {config.output}"
+        label = network.labels.get(taps[0], config.features)
+        text = f"statistics of {features.count} pictures [{label}] in {config.output}"
         output.figures({"output": config.output, "count": features.count}, text)
 
 
@@ -312,6 +343,7 @@ def _pack(config: PackConfig, output: Output) -> None:
     from tqdm import tqdm
 
     from nextscale.eval.images import open_images
+    from nextscale.eval.measure import LOSSY
 
     images = open_images(config.samples)
     if config.count is not None and len(images) != config.count:
@@ -326,11 +358,15 @@ def _pack(config: PackConfig, output: Output) -> None:
                 f"{first.shape[1]}x{first.shape[0]}: pack pictures of one size"
             )
         pixels[index] = picture
+    arrays = {"arr_0": pixels} | ({} if images.labels is None else {"arr_1": images.labels})
     with storage.atomic(config.output) as temporary, open(temporary, "wb") as file:
-        np.savez(file, arr_0=pixels)
+        np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
     counts = None if images.labels is None else np.bincount(images.labels)
     if counts is not None and counts.max() > counts.min():
         output.note(f"warning: the classes have {counts.min()} to {counts.max()} pictures")
+    lossy = [row for row, kind in images.kinds.items() if kind.split()[0] in LOSSY]
+    if lossy:
+        output.note(f"warning: {len(lossy)} files are lossy ({images.name(lossy[0])})")
     facts = {"output": config.output, "count": len(images), "shape": list(pixels.shape)}
     output.figures(facts, f"{len(images)} pictures of {first.shape[1]}x{first.shape[0]} packed")
 
@@ -347,9 +383,17 @@ def _compare(config: CompareConfig, output: Output) -> None:
         sides = [record.get("manifest", {}).get(part) for record in (first, second)]
         if sides[0] != sides[1]:
             output.note(f"warning: the two have another {part}: the difference is not theirs alone")
+    counts = [{entry["n_gen"] for entry in r["metrics"].values()} for r in (first, second)]
+    if counts[0] != counts[1]:
+        output.note(
+            f"warning: {max(counts[0])} and {max(counts[1])} pictures: Fréchet distances and Vendi "
+            "scores of other counts do not compare"
+        )
     rows, found = [], {}
     for name in shared:
         a, b = first["metrics"][name], second["metrics"][name]
+        if a["value"] is None or b["value"] is None:
+            continue
         difference = b["value"] - a["value"]
         se = None
         if a["se"] is not None and b["se"] is not None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from nextscale.cli.console import Output, number, table
 from nextscale.cli.flags import parse
-from nextscale.cli.loading import load_pipeline
+from nextscale.cli.loading import load_pipeline, read_model
 from nextscale.cli.model_flags import ModelFlags, SamplingFlags
 from nextscale.cli.recipes import to_yaml
 from nextscale.errors import UserError
@@ -65,6 +65,9 @@ def _draw(config: GenevalConfig, output: Output) -> None:
     assert config.prompts is not None
     assert config.output_dir is not None
     lines = read_lines(config.prompts)
+    weights = read_model(
+        config.model, revision=config.revision, local_files_only=config.local_files_only
+    ).weights()
     pipe = load_pipeline(config)
     if not pipe.transformer.conditioner.prompts:
         raise UserError(f"{config.model} draws classes, not prompts")
@@ -79,6 +82,7 @@ def _draw(config: GenevalConfig, output: Output) -> None:
         config.output_dir,
         per_prompt=config.num_images,
         seed=config.seed,
+        about={"model": config.model, "weights": weights, **config.sampling()},
         progress=output.bar(),
     )
     facts = {"output_dir": config.output_dir, "prompts": len(lines), "drawn": drawn}

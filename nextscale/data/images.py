@@ -111,7 +111,7 @@ def decode(source: str | Path | bytes, name: str | None = None) -> Image.Image:
         name: What to call it in the error; the path by default.
 
     Returns:
-        An image of mode RGB, fully loaded.
+        An image of mode RGB, fully loaded; `format` and `info["mode"]` are the file's.
 
     Raises:
         BadImage: If it is missing, truncated, too large, or no image.
@@ -121,7 +121,9 @@ def decode(source: str | Path | bytes, name: str | None = None) -> Image.Image:
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            found = _to_rgb(ImageOps.exif_transpose(image))
+            found.format, found.info["mode"] = image.format, image.mode
+            return found
     except Image.UnidentifiedImageError as error:
         raise BadImage(name, "its content is in no image format that Pillow knows") from error
     except (

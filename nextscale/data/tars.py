@@ -56,13 +56,12 @@ class TarReader:
         label_key, caption_key = label_column or "cls", caption_column or "txt"
         for tar in tars:
             for key, files in _samples(tar).items():
-                image = next((m for k, m in files.items() if f".{k}" in EXTENSIONS), None)
-                name = f"{key} of {tar}"
-                if image is None:
-                    self.not_images.append(name)
+                kind = next((k for k in files if f".{k}" in EXTENSIONS), None)
+                if kind is None:
+                    self.not_images.append(f"{key} of {tar}")
                     continue
-                self._names.append(name)
-                self._images.append(image)
+                self._names.append(f"{key}.{kind} of {tar}")
+                self._images.append(files[kind])
                 labels.append(files.get(label_key))
                 captions.append(files.get(caption_key))
         if not self._images:

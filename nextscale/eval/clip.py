@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from nextscale import storage
 from nextscale.data.images import to_uint8
 from nextscale.errors import UserError, missing_extra
+from nextscale.eval.features import exact_convolutions
 from nextscale.eval.scorers import Scorer
 from nextscale.eval.weights import HubFile, find_weights
 
@@ -104,7 +105,7 @@ class Clip:
         from PIL import Image
 
         batch = torch.stack([self._transform(Image.fromarray(p)) for p in pictures])
-        with torch.backends.cudnn.flags(allow_tf32=False):
+        with exact_convolutions():
             return self.model.encode_image(batch.to(self.device), normalize=True).float().cpu()
 
     @torch.inference_mode()
@@ -209,7 +210,7 @@ def load_released(
     found = find_weights(file, path, download=download)
     keys = ("mean", "std", "interpolation", "resize_mode")
     given = {key: about[key] for key in keys if about.get(key) is not None}
-    quick = bool(about.get("quick_gelu")) and path is None
+    quick = bool(about.get("quick_gelu"))  # the name says whose weights the file holds
     try:
         model = open_clip.create_model(
             architecture,

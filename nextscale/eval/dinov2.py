@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nextscale import storage
 from nextscale.errors import UserError, missing_extra
+from nextscale.eval.features import exact_convolutions
 from nextscale.eval.weights import HubFile
 
 ARCHITECTURE = "vit_large_patch14_dinov2"
@@ -85,7 +86,7 @@ class DinoV2:
         resized = [Image.fromarray(i).resize(size, Image.Resampling.BICUBIC) for i in images]
         x = torch.from_numpy(np.stack([np.asarray(picture) for picture in resized]))
         x = (x.float() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
-        with torch.backends.cudnn.flags(allow_tf32=False):
+        with exact_convolutions():
             features = self.network.forward_features(x.permute(0, 3, 1, 2).to(self.device))
         return {"dinov2": features[:, 0].float()}
 

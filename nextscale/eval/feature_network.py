@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from nextscale import storage
 from nextscale.data.images import to_float
 from nextscale.errors import UserError, missing_extra, require
+from nextscale.eval.features import exact_convolutions
 
 FORMAT_VERSION = 1
 MAX_DIM = 128
@@ -132,7 +133,7 @@ class SmallFeatures:
                     "trained on that size, and would call resizing a fault of the pictures"
                 )
         batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-        with torch.backends.cudnn.flags(allow_tf32=False):
+        with exact_convolutions():
             return {"scenes": self.network(to_float(batch).to(self.device)).float()}
 
     def fingerprint(self) -> dict[str, str]:

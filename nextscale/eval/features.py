@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -44,6 +45,11 @@ class Network(Protocol):
         ...
 
 
+def exact_convolutions() -> AbstractContextManager[None]:
+    """CuDNN without TF32, whose ten bits a figure would show."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+
+
 class Joined:
     """Several networks over the same pictures."""
 
@@ -70,16 +76,25 @@ class Features:
         blocks: Moments of each part of the set, by tap.
         rows: Features [n, d] in the order of the pictures, for taps that were asked for.
         probabilities: For the Inception score, of each part of the set.
-        sizes: How many pictures have which (height, width).
-        digests: Hash of each picture's pixels, in order.
+        shapes: (height, width) of each picture.
+        kinds: Format and mode of each file, such as "PNG RGB"; empty where there are no files.
+        digests: Hash of each picture's pixels.
+        part: In which of the `blocks` each picture is, int64 [n].
     """
 
     count: int
     blocks: dict[str, list[Moments]] = field(default_factory=dict)
     rows: dict[str, np.ndarray] = field(default_factory=dict)
     probabilities: list[SplitProbabilities] = field(default_factory=list)
-    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    shapes: list[tuple[int, int]] = field(default_factory=list)
+    kinds: list[str] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)
+    part: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    @property
+    def sizes(self) -> Counter[tuple[int, int]]:
+        """How many pictures have which (height, width)."""
+        return Counter(self.shapes)
 
     def moments(self, tap: str) -> Moments:
         """Of all pictures."""
@@ -110,8 +125,7 @@ def extract(
         moments: Taps whose moments are kept (memory does not grow with the set).
         rows: Taps whose features are kept.
         blocks: Parts of the set whose moments and probabilities are kept apart, for the
-            delete-block jackknife; picture i is in part i mod blocks, so that a set sorted by class
-            has all in each.
+            delete-block jackknife; each has as many of every class (of `images.labels`).
         splits: For the Inception score, from the tap "logits": the split of each picture, [n].
         batch_size: Pictures at once.
         num_workers: Processes that decode; 0 = this one.
@@ -127,6 +141,7 @@ def extract(
     """
     total = len(images)
     own = processes.own_range(total)
+    part = parts_of(total, blocks, images.labels)
     found = Features(
         len(own), {tap: [Moments.empty(network.taps[tap])] * blocks for tap in moments}
     )
@@ -137,22 +152,23 @@ def extract(
     kept: dict[str, list[np.ndarray]] = {tap: [] for tap in rows}
     buffers = {tap: [[] for _ in range(blocks)] for tap in moments}
     with tqdm(total=len(own), desc=label, unit="image", disable=not progress) as bar:
-        for indices, pictures, digests in _batches(images, own, batch_size, num_workers):
+        for indices, pictures, digests, kinds in _batches(images, own, batch_size, num_workers):
             taps = network(pictures, indices)
-            found.sizes.update(picture.shape[:2] for picture in pictures)
+            found.shapes += [(picture.shape[0], picture.shape[1]) for picture in pictures]
             found.digests += digests
+            found.kinds += kinds
             for tap in {*moments, *rows}:
                 _check_finite(taps[tap], indices, images, tap)
             for tap in rows:
                 kept[tap].append(taps[tap].cpu().numpy())
             for tap in moments:
-                _buffer(buffers[tap], found.blocks[tap], taps[tap], indices)
+                _buffer(buffers[tap], found.blocks[tap], taps[tap], part[indices])
             if splits is not None:
-                part = np.array(indices) % blocks
-                for block in set(part.tolist()):
-                    here = part == block
-                    logits = taps["logits"][torch.from_numpy(here)]
-                    found.probabilities[block].add(logits, splits[np.array(indices)[here]])
+                logits = taps["logits"].cpu()
+                for block in np.unique(part[indices]):
+                    here = part[indices] == block
+                    inside = logits[torch.from_numpy(here)]
+                    found.probabilities[block].add(inside, splits[indices][here])
             bar.update(len(indices))
     for tap in moments:
         for block in range(blocks):
@@ -162,14 +178,24 @@ def extract(
         tap: np.concatenate(parts) if parts else np.zeros((0, width[tap]), np.float32)
         for tap, parts in kept.items()
     }
-    return _merge(processes.gather(found))
+    whole = _merge(processes.gather(found))
+    assert whole.count == len(whole.digests) == total
+    whole.part = part
+    return whole
+
+
+def parts_of(count: int, blocks: int, labels: np.ndarray | None = None) -> np.ndarray:
+    """The part of each of `count` pictures, int64 [count]: in turn, class by class."""
+    order = np.arange(count) if labels is None else np.argsort(labels, kind="stable")
+    part = np.empty(count, np.int64)
+    part[order] = np.arange(count) % blocks
+    return part
 
 
 def _buffer(
-    buffers: list[list[Tensor]], blocks: list[Moments], features: Tensor, indices: Sequence[int]
+    buffers: list[list[Tensor]], blocks: list[Moments], features: Tensor, part: np.ndarray
 ) -> None:
-    for row, index in zip(features.double().cpu(), indices, strict=True):
-        block = index % len(blocks)
+    for row, block in zip(features.cpu().double(), part.tolist(), strict=True):
         buffers[block].append(row)
         if len(buffers[block]) == _BUFFER:
             _flush(buffers, blocks, block)
@@ -193,14 +219,15 @@ def _merge(parts: list[Features]) -> Features:
             whole.rows[tap] = np.concatenate([whole.rows[tap], rows])
         both = zip(whole.probabilities, part.probabilities, strict=True)
         whole.probabilities = [a.merge(b) for a, b in both]
-        whole.sizes += part.sizes
+        whole.shapes += part.shapes
+        whole.kinds += part.kinds
         whole.digests += part.digests
     return whole
 
 
 def _batches(
     images: Images, own: range, batch_size: int, num_workers: int
-) -> Iterator[tuple[list[int], list[np.ndarray], list[bytes]]]:
+) -> Iterator[tuple[list[int], list[np.ndarray], list[bytes], list[str]]]:
     plan = [list(own[i : i + batch_size]) for i in range(0, len(own), batch_size)]
     if num_workers and images.parallel and len(plan) > 1:
         # One item is one batch: workers decode whole batches.
@@ -228,12 +255,15 @@ class _Plan(torch.utils.data.Dataset[Any]):
     def __len__(self) -> int:
         return len(self.plan)
 
-    def __getitem__(self, i: int) -> tuple[list[int], list[np.ndarray], list[bytes]] | UserError:
+    def __getitem__(
+        self, i: int
+    ) -> tuple[list[int], list[np.ndarray], list[bytes], list[str]] | UserError:
         try:
             pictures = self.images.load(self.plan[i])
         except UserError as error:  # raised by the reader: a worker would wrap it
             return error
-        return self.plan[i], pictures, [_digest(picture) for picture in pictures]
+        kinds = [self.images.kinds[row] for row in self.plan[i] if row in self.images.kinds]
+        return self.plan[i], pictures, [_digest(picture) for picture in pictures], kinds
 
 
 def _as_it_is(batch: T) -> T:
@@ -255,5 +285,5 @@ def _check_finite(features: Tensor, indices: Sequence[int], images: Images, tap:
 
 
 def fingerprint_of(features: Features) -> str:
-    """SHA-256 over the pixels of all pictures in order."""
+    """SHA-256 over the hashes of all pictures' pixels, in order."""
     return hashlib.sha256(b"".join(features.digests)).hexdigest()

@@ -10,16 +10,17 @@ evaluate_images.py in an environment of its own, then `scores.geneval_aggregate`
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from nextscale import storage
+from nextscale.data.images import save_png
 from nextscale.errors import UserError
+from nextscale.eval.images import claim_folder
 
 Draw = Callable[[Sequence[str], Sequence[int]], np.ndarray]
 """(prompts, seeds) -> uint8 [n, h, w, 3]."""
@@ -57,6 +58,7 @@ def write_folders(
     *,
     per_prompt: int = 4,
     seed: int = 0,
+    about: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> int:
     """Draw and write; pictures that are there are left as they are, so that a killed run goes on.
@@ -67,17 +69,19 @@ def write_folders(
         folder: Where to.
         per_prompt: Pictures of each prompt; published figures take 4.
         seed: Picture j of prompt i is drawn with seed + i * per_prompt + j.
+        about: What else decides the pictures, such as the model; a folder of others is refused.
         progress: Show a bar.
 
     Returns:
         How many pictures were drawn.
 
     Raises:
-        UserError: If a line has no prompt.
+        UserError: If a line has no prompt, or the folder holds other pictures.
     """
     for number, line in enumerate(prompts, start=1):
         if not isinstance(line.get("prompt"), str):
             raise UserError(f'line {number} of the prompts has no "prompt"')
+    claim_folder(folder, {**(about or {}), "seed": seed, "num_images": per_prompt})
     drawn = 0
     for index, line in enumerate(tqdm(prompts, unit="prompt", disable=not progress)):
         place = Path(folder) / f"{index:05d}"
@@ -90,7 +94,6 @@ def write_folders(
             continue
         seeds = [seed + index * per_prompt + j for j in missing]
         for j, picture in zip(missing, draw([line["prompt"]] * len(missing), seeds), strict=True):
-            with storage.atomic(paths[j]) as temporary:
-                Image.fromarray(picture).save(temporary, format="PNG")
+            save_png(picture, paths[j])
         drawn += len(missing)
     return drawn

@@ -10,13 +10,13 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from nextscale import storage
+from nextscale import processes, storage
 from nextscale.data.formats import Columns, find_reader
-from nextscale.data.images import BadImage, decode
-from nextscale.data.readers import FolderReader, Reader
+from nextscale.data.images import BadImage, decode, save_png, scan_folder
+from nextscale.data.readers import FolderReader, Reader, read_folder
+from nextscale.data.tables import VALIDATION_NAMES
 from nextscale.data.tars import expand_tars
 from nextscale.errors import UserError
 
@@ -31,10 +31,12 @@ class Images(Protocol):
     Attributes:
         labels: int64 [n], or None.
         parallel: Whether worker processes may read them.
+        kinds: Format and mode of the files that were read, such as "PNG RGB".
     """
 
     labels: np.ndarray | None
     parallel: bool
+    kinds: dict[int, str]
 
     def __len__(self) -> int: ...
 
@@ -59,12 +61,15 @@ class FileImages:
                 f"there is no file or folder {path}. Give a folder of pictures, or an .npz, .npy, "
                 ".zip, .tar or .parquet."
             )
-        self.reader: Reader = find_reader(str(path), "all", Columns())[0]
+        self.kinds: dict[int, str] = {}
+        self.reader: Reader = _pictures_of(self.path) or find_reader(str(path), "all", Columns())[0]
         names = [self.reader.name(row) for row in range(len(self.reader))]
         self.rows = [row for row, name in enumerate(names) if not _is_sheet(Path(name))]
         self.sheets = len(names) - len(self.rows)
         labels = self.reader.labels
         self.labels = None if labels is None else labels[self.rows]
+        if self.labels is not None and self.labels.min() < 0:
+            raise UserError(f"{path} has the label {self.labels.min()}: labels start at 0")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -90,10 +95,29 @@ class FileImages:
     def load(self, rows: Sequence[int]) -> list[np.ndarray]:
         """Decode; a file that cannot be read is an error that names it."""
         try:
-            return [np.asarray(self.reader.image(self.rows[row])) for row in rows]
+            found = [self.reader.image(self.rows[row]) for row in rows]
         except BadImage as error:
             message = f"{error.name} is no readable image: {error.reason}. Remove or replace it."
             raise UserError(message) from error
+        self.kinds |= {
+            row: f"{picture.format} {picture.info.get('mode', 'RGB')}"
+            for row, picture in zip(rows, found, strict=True)
+            if picture.format is not None
+        }
+        return [np.asarray(picture) for picture in found]
+
+
+def _pictures_of(folder: Path) -> FolderReader | None:
+    """All pictures of a folder, whatever lies beside them; None: of tables, tars, or a list."""
+    if not folder.is_dir() or (folder / "metadata.jsonl").is_file():
+        return None
+    parts = [name for name in ("train", *VALIDATION_NAMES) if (folder / name).is_dir()]
+    if len(parts) > 1:
+        raise UserError(f"{folder} has the parts {', '.join(parts)}: pass the one that is meant")
+    pictures, _ = scan_folder(folder)
+    if not pictures or (parts and all(path.parent != folder for path in pictures)):
+        return None
+    return read_folder(folder)
 
 
 def _is_sheet(path: Path) -> bool:
@@ -109,6 +133,7 @@ class ArrayImages:
     parallel = False
 
     def __init__(self, pixels: np.ndarray) -> None:
+        self.kinds: dict[int, str] = {}
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3 or not len(pixels):
             raise UserError(
                 f"pictures must be uint8 [n, h, w, 3], got {pixels.dtype} {list(pixels.shape)}"
@@ -135,9 +160,9 @@ class DrawnImages:
         count: Of pictures.
         folder: Keep them there as PNGs, and draw only those that are not there yet.
         about: What they are drawn by; a folder of other pictures is refused.
+        labels: Of their classes.
     """
 
-    labels: np.ndarray | None = None
     parallel = False
 
     def __init__(
@@ -146,23 +171,22 @@ class DrawnImages:
         count: int,
         folder: Path | None = None,
         about: Mapping[str, Any] | None = None,
+        labels: np.ndarray | None = None,
     ) -> None:
+        self.labels = labels
         self.draw, self.count, self.folder = draw, count, folder
+        self.kinds: dict[int, str] = {}
         if folder is None:
             return
-        with storage.os_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        mark, what = folder / "source.json", json.loads(json.dumps(dict(about or {})))
-        if mark.is_file():
-            if storage.read_json(mark) != what:
-                raise UserError(
-                    f"{folder} holds pictures of another model or other settings (source.json): "
-                    "take another folder"
-                )
-        elif any(folder.iterdir()):
-            raise UserError(f"{folder} is not empty: take another folder")
-        else:
-            storage.write_json(mark, what)
+        # The first process claims the folder; the others hear what it found.
+        problem = ""
+        if processes.is_main():
+            try:
+                claim_folder(folder, {**(about or {}), "count": count})
+            except UserError as error:
+                problem = str(error)
+        if problem := processes.gather(problem)[0]:
+            raise UserError(problem)
 
     def __len__(self) -> int:
         return self.count
@@ -180,8 +204,7 @@ class DrawnImages:
             return [np.asarray(decode(path)) for path in paths]
         drawn = self._draw(rows)
         for path, picture in zip(paths, drawn, strict=True):
-            with storage.atomic(path) as temporary:
-                Image.fromarray(picture).save(temporary, format="PNG")
+            save_png(picture, path)
         return drawn
 
     def _draw(self, rows: Sequence[int]) -> list[np.ndarray]:
@@ -189,6 +212,33 @@ class DrawnImages:
         if len(pixels) != len(rows):
             raise UserError(f"the source drew {len(pixels)} pictures where {len(rows)} were asked")
         return list(pixels)
+
+
+def claim_folder(folder: str | Path, about: Mapping[str, Any]) -> None:
+    """Make a folder for pictures, or find it as the same run left it.
+
+    Args:
+        folder: Where to.
+        about: What the pictures are drawn by; kept in source.json.
+
+    Raises:
+        UserError: If it holds anything else.
+    """
+    folder = Path(folder)
+    mark, what = folder / "source.json", json.loads(json.dumps(dict(about)))
+    with storage.os_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        found = [path for path in folder.iterdir() if not path.name.startswith(".tmp-")]
+    if mark.is_file():
+        if storage.read_json(mark) != what:
+            raise UserError(
+                f"{folder} holds pictures of another model, number or other settings "
+                "(source.json): take another folder"
+            )
+    elif found:
+        raise UserError(f"{folder} is not empty: take another folder")
+    else:
+        storage.write_json(mark, what)
 
 
 def open_images(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nextscale import storage
 from nextscale.errors import UserError, missing_extra
+from nextscale.eval.features import exact_convolutions
 from nextscale.eval.protocols import Protocol, get_protocol, prepare
 
 TAPS = {"pool": 2048, "spatial": 2023, "logits": 1008}
@@ -76,7 +77,7 @@ class Inception:
         half = self.precision == "bf16"
         with (
             torch.autocast(self.device.type, torch.bfloat16, enabled=half),
-            torch.backends.cudnn.flags(allow_tf32=False),
+            exact_convolutions(),
         ):
             pool = self._trunk(x).float().mean(dim=(2, 3))
         assert self._spatial is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import time
 from collections import Counter
@@ -31,9 +32,11 @@ from nextscale.eval.statistics import (
     save_statistics,
     statistics_of,
 )
+from nextscale.training.record import git_revision
 
 SCHEMA = 1
-LOSSY = (".jpg", ".jpeg", ".webp", ".gif")
+LOSSY = ("JPEG", "MPO", "WEBP", "GIF", "AVIF", "JPEG2000")  # Pillow's names of formats
+PLAIN = ("RGB", "L", "P", "1")  # modes that 8-bit RGB holds without loss
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,8 @@ def measure(
     statistics, real_images = None, None
     if any(metric.reference or metric.paired for metric in wanted.values()):
         statistics, real_images = _open_reference(reference, num_reference or len(images))
+        if real_images is not None and any(m.moments and m.paired for m in wanted.values()):
+            statistics = None  # rFID is to the originals themselves
         _check_reference(wanted, images, real_images, reference, k)
 
     networks = [*([] if network is None else [network]), *sample_networks]
@@ -176,7 +181,7 @@ def measure(
         **_environment(),
         "network": both.fingerprint(),
         "samples": _about(fake),
-        "reference": _about(real) if real else statistics.name if statistics else None,
+        "reference": _about(real) if real else _about_statistics(statistics),
         "seed": seed,
         "batch_size": batch_size,
         "seconds": round(seconds, 2),
@@ -218,6 +223,8 @@ def _results(
         label = labels.get(metric.tap)
         for name, value in metric.compute(pair).items():
             key = name if label is None else f"{name}[{label}]"
+            if not np.isfinite([v for v in (value.value, value.se) if v is not None]).all():
+                raise UserError(f"{key} is {value.value} ± {value.se}", exit_code=1)
             found[key] = _record(value, label, pair.fake.count, _reference_count(metric, pair))
     return found
 
@@ -275,17 +282,15 @@ def _check_reference(
 def _reference_count(metric: Metric, pair: Pair) -> int | None:
     if not (metric.reference or metric.paired):
         return None
-    if metric.paired and not metric.reference:
-        return pair.fake.count
-    if pair.real is not None:
-        return pair.real.count
-    return pair.statistics.count if pair.statistics is not None else None
+    if metric.moments:
+        return pair.statistics.count if pair.statistics is not None else None
+    return pair.fake.count if pair.real is None else pair.real.count
 
 
 def _record(value: Value, label: str | None, n_gen: int, n_ref: int | None) -> dict[str, Any]:
     """A figure as the record holds it."""
     low_high = None
-    if value.se is not None:
+    if value.value is not None and value.se is not None:
         low_high = [value.value - 1.96 * value.se, value.value + 1.96 * value.se]
     return {
         "value": value.value,
@@ -356,6 +361,9 @@ def warnings_of(
     found = []
     if isinstance(images, FileImages) and images.sheets:
         found.append(f"grids and filmstrips of nextscale generate left out: {images.sheets}")
+    if isinstance(images, FileImages) and images.reader.not_images:
+        files = images.reader.not_images
+        found.append(f"{len(files)} files are no pictures ({files[0]}) and were left out")
     count = fake.count
     if count < 10_000 and {"pool", "spatial"} & set(moments):
         found.append(f"{count} pictures: figures of the FID family are published for 50,000")
@@ -365,25 +373,45 @@ def warnings_of(
                 f"{count} pictures are fewer than the {network.taps[tap]} {tap} features: the "
                 "Fréchet distance is far above its value for many pictures"
             )
-    if len(fake.sizes) > 1:
-        sizes = ", ".join(f"{w}x{h} ({n})" for (h, w), n in fake.sizes.most_common(4))
-        found.append(f"the pictures have {len(fake.sizes)} sizes: {sizes}")
-    odd = sum(n for (h, w), n in fake.sizes.items() if h != w)
+
+    def name(rows: Sequence[int]) -> str:
+        return images.name(rows[0])
+
+    sizes = fake.sizes
+    if len(sizes) > 1:
+        told = ", ".join(f"{w}x{h} ({n})" for (h, w), n in sizes.most_common(4))
+        usual = sizes.most_common(1)[0][0]
+        other = [i for i, shape in enumerate(fake.shapes) if shape != usual]
+        found.append(f"the pictures have {len(sizes)} sizes: {told}, first {name(other)}")
+    odd = [i for i, (height, width) in enumerate(fake.shapes) if height != width]
     if odd:
-        found.append(f"{odd} pictures are not square: the protocol squeezes them")
-    twins = sum(n - 1 for n in Counter(fake.digests).values())
+        squeezed = f"{len(odd)} pictures are not square ({name(odd)})"
+        found.append(f"{squeezed}: the protocol squeezes them")
+    first: dict[bytes, int] = {}
+    twins = [i for i, digest in enumerate(fake.digests) if first.setdefault(digest, i) != i]
     if twins:
-        found.append(f"{twins} pictures repeat another one, pixel for pixel")
-    if isinstance(images, FileImages):
-        names = [images.name(i) for i in range(len(images))]
-        lossy = [name for name in names if name.lower().endswith(LOSSY)]
-        if lossy:
-            found.append(f"{len(lossy)} files are lossy ({lossy[0]}): save samples as PNG")
+        twin = images.name(first[fake.digests[twins[0]]])
+        found.append(
+            f"{len(twins)} pictures repeat another one, pixel for pixel ({name(twins)} is {twin})"
+        )
+    lossy = [i for i, kind in enumerate(fake.kinds) if kind.split()[0] in LOSSY]
+    if lossy:
+        found.append(f"{len(lossy)} files are lossy ({name(lossy)}): save samples as PNG")
+    other = [i for i, kind in enumerate(fake.kinds) if kind.split()[1] not in PLAIN]
+    if other:
+        modes = ", ".join(sorted({fake.kinds[i].split()[1] for i in other}))
+        found.append(
+            f"{len(other)} files are not 8-bit RGB ({modes}; {name(other)}): transparency is laid "
+            "over white, 16 bits become 8"
+        )
     if images.labels is not None:
         counts = np.bincount(images.labels)
-        counts = counts[counts > 0]
         if counts.max() > counts.min():
-            found.append(f"the classes are unbalanced: {counts.min()} to {counts.max()} pictures")
+            least, most = int(counts.argmin()), int(counts.argmax())
+            found.append(
+                f"the classes are unbalanced: {counts[least]} pictures of class {least}, "
+                f"{counts[most]} of class {most}"
+            )
     return found
 
 
@@ -392,7 +420,21 @@ def _about(features: Features) -> dict[str, Any]:
         "count": features.count,
         "pixels_sha256": fingerprint_of(features),
         "sizes": {f"{w}x{h}": n for (h, w), n in features.sizes.most_common(8)},
+        "kinds": dict(Counter(features.kinds).most_common(8)),
     }
+
+
+def _about_statistics(statistics: Statistics | None) -> dict[str, Any] | None:
+    """Of a reference whose pictures were not read; its hash is that of its numbers."""
+    if statistics is None:
+        return None
+    digest = hashlib.sha256()
+    for tap, pair in sorted(statistics.values.items()):
+        digest.update(tap.encode())
+        for array in pair:
+            digest.update(np.ascontiguousarray(array).tobytes())
+    name = Path(statistics.name).name
+    return {"name": name, "count": statistics.count, "statistics_sha256": digest.hexdigest()}
 
 
 def _environment() -> dict[str, Any]:
@@ -400,6 +442,11 @@ def _environment() -> dict[str, Any]:
     return {
         "versions": {"nextscale": __version__, **{name: version(name) for name in packages}},
         "python": platform.python_version(),
+        "git": git_revision(),
+        "allow_tf32": {
+            "matmul": torch.backends.cuda.matmul.allow_tf32,
+            "cudnn": False,  # see exact_convolutions
+        },
         "processes": processes.world_size(),
         "threads": torch.get_num_threads(),
     }

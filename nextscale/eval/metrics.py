@@ -15,7 +15,7 @@ from nextscale.eval.features import Features
 from nextscale.eval.frechet import Moments, frechet_distance
 from nextscale.eval.reconstruction import PAIRED, psnr
 from nextscale.eval.scorers import SCORERS
-from nextscale.eval.scores import SplitProbabilities
+from nextscale.eval.scores import SplitProbabilities, clip_scores
 from nextscale.eval.statistics import Statistics
 
 BLOCKS = 20  # of the jackknife
@@ -48,9 +48,12 @@ class Metric:
 
 @dataclass(frozen=True)
 class Value:
-    """A figure, its standard error where there is one, and its direction."""
+    """A figure, its standard error where there is one, and its direction.
 
-    value: float
+    None is the PSNR of pictures that all equal their originals.
+    """
+
+    value: float | None
     higher_is_better: bool
     se: float | None = None
     params: Mapping[str, Any] | None = None
@@ -73,6 +76,15 @@ class Pair:
         """Features of the reference and of the measured set."""
         assert self.real is not None  # refused before the pass
         return self.real.rows[tap], self.fake.rows[tap]
+
+    @property
+    def order(self) -> np.ndarray:
+        """Of the measured pictures, so that picture i is in part i mod BLOCKS."""
+        rank = np.empty(self.fake.count, np.int64)
+        for block in range(BLOCKS):
+            members = np.flatnonzero(self.fake.part == block)
+            rank[members] = np.arange(len(members)) * BLOCKS + block
+        return np.argsort(rank)
 
     def error(self, name: str, without: Callable[[], Iterable[float]]) -> float | None:
         """Of a figure's values without each of the BLOCKS parts of the measured set.
@@ -138,11 +150,11 @@ def _pairwise(tap: str, suffix: str) -> dict[str, Metric]:
         mean, std = pairwise.kernel_distance_subsets(real, fake, seed=pair.seed)
         size = min(1000, len(real), len(fake))
         params = {"subsets": 100, "subset_size": size, "std": std}
-        # Subsets that are most of a set hardly differ: their spread says nothing of the error.
-        se = std / 10 if 2 * size <= min(len(real), len(fake)) else None
-        error = None
+        error, se = None, None
         if pair.jackknife and len(fake) >= 2 * BLOCKS:
-            error = pairwise.kernel_distance_error(real, fake, BLOCKS)
+            error = pairwise.kernel_distance_error(real, fake[pair.order], BLOCKS)
+            # The subsets share the set: their spread alone would forget the set's own.
+            se = float(np.hypot(error, std / 10))
         return {
             f"kid{suffix}": Value(mean, False, se, params),
             f"kid_full{suffix}": Value(pairwise.kernel_distance(real, fake), False, error),
@@ -158,7 +170,7 @@ def _pairwise(tap: str, suffix: str) -> dict[str, Metric]:
 
     def vendi(pair: Pair) -> dict[str, Value]:
         name, rows = f"vendi{suffix}", pair.fake.rows[tap]
-        se = pair.error(name, lambda: pairwise.vendi_without(rows, BLOCKS))
+        se = pair.error(name, lambda: pairwise.vendi_without(rows[pair.order], BLOCKS))
         return {name: Value(pairwise.vendi_score(rows), True, se)}
 
     return {
@@ -175,7 +187,7 @@ def _cmmd(pair: Pair) -> dict[str, Value]:
     found = pairwise.rbf_distance(real, fake, sigma=CMMD_SIGMA)
     se = None
     if pair.jackknife and len(fake) >= 2 * BLOCKS:
-        error = pairwise.rbf_distance_error(real, fake, BLOCKS, sigma=CMMD_SIGMA)
+        error = pairwise.rbf_distance_error(real, fake[pair.order], BLOCKS, sigma=CMMD_SIGMA)
         se = CMMD_SCALE * error
     names = ("cmmd", "cmmd_unbiased")
     return {
@@ -187,15 +199,16 @@ def _cmmd(pair: Pair) -> dict[str, Value]:
 def _clip(pair: Pair) -> dict[str, Value]:
     """The published conventions of CLIPScore; see `scores.clip_scores`."""
     cosines = pair.fake.rows["cosine"][:, 0].astype(np.float64)
+    values = clip_scores(cosines)
     cosine = mean_value(cosines, pair.prompts)
-    negative = int((cosines < 0).sum())
-    times = 100 * cosine.value
-    se = None if cosine.se is None else 100 * cosine.se
-    return {
-        "clipscore_w2.5": mean_value(2.5 * cosines.clip(min=0), pair.prompts, negative=negative),
-        "clip_x100": Value(max(times, 0.0), True, se),
-        "clip_cosine": cosine,
+    positive = mean_value(2.5 * cosines.clip(min=0), pair.prompts)
+    errors = {
+        "clipscore_w2.5": positive.se,
+        "clip_x100": None if cosine.se is None else 100 * cosine.se,
+        "clip_cosine": cosine.se,
     }
+    params = {"negative": int((cosines < 0).sum())}
+    return {name: Value(value, True, errors[name], params) for name, value in values.items()}
 
 
 def _psnr(pair: Pair) -> dict[str, Value]:
@@ -203,8 +216,8 @@ def _psnr(pair: Pair) -> dict[str, Value]:
     errors = pair.fake.rows["mse"][:, 0]
     differing = errors[errors > 0]
     params: dict[str, Any] = {"infinite": len(errors) - len(differing)}
-    if not len(differing):
-        return {"psnr": Value(float("inf"), True, None, params)}
+    if not len(differing):  # JSON has no infinity
+        return {"psnr": Value(None, True, None, params)}
     # Papers on tokenizers report the mean of the pictures' values, torchmetrics' class this one.
     params["of_pooled_error"] = float(psnr(errors.mean(keepdims=True))[0])
     return {"psnr": mean_value(psnr(differing), range(len(differing)), **params)}

@@ -166,6 +166,7 @@ def precision_recall(real: Array, fake: Array, k: int = 3) -> Neighbourhoods:
     real, fake = _pair(real, fake)
     if min(len(real), len(fake)) <= k:
         raise UserError(f"k = {k} neighbours need more points, got {len(real)} and {len(fake)}")
+    same_real, same_fake = _equal_rows(real, fake)
     centre = real.mean(dim=0)
     real, fake = real - centre, fake - centre
     radius_real, radius_fake = _radii(real, k), _radii(fake, k)
@@ -173,6 +174,9 @@ def precision_recall(real: Array, fake: Array, k: int = 3) -> Neighbourhoods:
     recalled = torch.zeros(len(real), dtype=torch.bool, device=real.device)
     covered = torch.zeros_like(recalled)
     for rows, columns, squared in _tiles(real, fake):
+        # Equal rows are at 0, inside of any ball: a collapsed set needs no exact differences.
+        equal = same_real[rows, None] == same_fake[None, columns]
+        squared[equal] = -math.inf
         inside_real = _within(squared, radius_real[rows, None], real[rows], fake[columns])
         inside_fake = _within(squared, radius_fake[None, columns], real[rows], fake[columns])
         balls[columns] += inside_real.sum(dim=0)
@@ -326,6 +330,17 @@ def _exact(x: Tensor, rows: Int[Tensor, " n"], y: Tensor, others: Int[Tensor, " 
     parts = zip(rows.split(TILE), others.split(TILE), strict=True)
     found = [(x[a] - y[b]).square().sum(dim=1) for a, b in parts]
     return torch.cat(found) if found else x.new_zeros(0)
+
+
+def _equal_rows(x: Tensor, y: Tensor) -> tuple[Int[Tensor, " n"], Int[Tensor, " m"]]:
+    """Numbers of the rows of both, the same for equal ones."""
+    known: dict[bytes, int] = {}
+    numbers = [
+        [known.setdefault(row.tobytes(), len(known)) for row in rows.cpu().numpy()]
+        for rows in (x, y)
+    ]
+    first, second = (torch.tensor(found, device=x.device) for found in numbers)
+    return first, second
 
 
 def _within(squared: Tensor, radius: Tensor, x: Tensor, y: Tensor) -> Bool[Tensor, "a b"]:

@@ -64,6 +64,11 @@ def _scores(measured: Measured, taps: list[str]) -> tuple[str, np.ndarray, bool]
     return f"distance to the nearest reference ({taps[0]})", nearest.numpy(), False
 
 
+def _some(rows: torch.Tensor) -> torch.Tensor:
+    """SHOWN rows at most, evenly from the whole set, which may be sorted by class."""
+    return rows[:: -(-len(rows) // SHOWN)]
+
+
 def _draw_map(fake: np.ndarray, real: np.ndarray | None, tap: str, path: Path) -> Path:
     """Both sets on the two directions in which the reference (or else the set) varies most."""
     try:
@@ -72,13 +77,13 @@ def _draw_map(fake: np.ndarray, real: np.ndarray | None, tap: str, path: Path) -
         raise missing_extra("--plot needs matplotlib", "eval") from error
     base = torch.from_numpy(fake if real is None else real).double()
     centre = base.mean(dim=0)
-    _, _, directions = torch.linalg.svd(base[:SHOWN] - centre, full_matrices=False)
+    _, _, directions = torch.linalg.svd(_some(base) - centre, full_matrices=False)
     figure = Figure(figsize=(6, 5.5), layout="constrained")
     axes = figure.add_subplot()
     sets = [("reference", real, "tab:gray"), ("samples", fake, "tab:blue")]
     for label, rows, color in sets:
         if rows is not None:
-            points = (torch.from_numpy(rows[:SHOWN]).double() - centre) @ directions[:2].T
+            points = (_some(torch.from_numpy(rows)).double() - centre) @ directions[:2].T
             axes.scatter(*points.T.numpy(), s=10, alpha=0.6, linewidths=0, color=color, label=label)
     axes.set(title=f"{tap} features", xlabel="first direction", ylabel="second direction")
     axes.legend(loc="best", markerscale=3)

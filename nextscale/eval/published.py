@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from nextscale.errors import UserError
-from nextscale.eval.images import DrawnImages, FileImages, Images
+from nextscale.eval.images import FileImages, Images
+
+LOSSY_NAME = re.compile(r"\.(jpe?g|jpe|webp|gif|avif|jp2)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,13 @@ class Published:
     reference_pictures: int
     reference: str
 
-    def check(self, images: Images, reference: Any) -> list[str]:
+    def check(self, images: Images, reference: Any, side: int | None = None) -> list[str]:
         """Refuse samples and a reference that make another number than the published ones.
 
         Args:
             images: The samples.
             reference: Path of the reference file.
+            side: Of pictures that are still to be drawn; None: of the first.
 
         Returns:
             Warnings: what cannot be seen from here.
@@ -55,32 +59,30 @@ class Published:
             )
         found = []
         if isinstance(images, FileImages):
-            names = [images.name(row) for row in range(count)]
-            lossy = next((n for n in names if Path(n).suffix.lower() in (".jpg", ".webp")), None)
-            if lossy is not None or any(n.lower().endswith(".jpeg") for n in names):
+            names = (images.name(row) for row in range(count))
+            lossy = next((name for name in names if LOSSY_NAME.search(name)), None)
+            if lossy is not None:
                 raise UserError(
-                    f"the protocol takes PNGs (or an .npz): {lossy or 'a .jpeg'} is lossy, and "
-                    "another FID"
+                    f"the protocol takes PNGs (or an .npz): {lossy} is lossy, and another FID"
                 )
-        if not isinstance(images, DrawnImages):
-            if images.labels is None:
-                found.append(
-                    f"whether there are {self.per_class} pictures of each class cannot be seen: "
-                    "sort them into class folders, or pack labels as arr_1"
-                )
-            else:
-                counts = np.bincount(images.labels, minlength=self.classes)
-                if len(counts) > self.classes or (counts != self.per_class).any():
-                    raise UserError(
-                        f"the protocol takes {self.per_class} pictures of each of {self.classes} "
-                        f"classes; here a class has {counts.min()} to {counts.max()}"
-                    )
-            shape = images.load([0])[0].shape[:2]
-            if shape != (self.side, self.side):
+        if images.labels is None:
+            found.append(
+                f"whether there are {self.per_class} pictures of each class cannot be seen: "
+                "sort them into class folders, or pack labels as arr_1"
+            )
+        else:
+            counts = np.bincount(images.labels, minlength=self.classes)
+            if len(counts) > self.classes or (counts != self.per_class).any():
                 raise UserError(
-                    f"the protocol takes pictures of {self.side}x{self.side}, these are "
-                    f"{shape[1]}x{shape[0]}"
+                    f"the protocol takes {self.per_class} pictures of each of {self.classes} "
+                    f"classes; here a class has {counts.min()} to {counts.max()}"
                 )
+        sides = (side, side) if side else images.load([0])[0].shape[:2]
+        if sides != (self.side, self.side):
+            raise UserError(
+                f"the protocol takes pictures of {self.side}x{self.side}, these are "
+                f"{sides[1]}x{sides[0]}"
+            )
         return found
 
     def _check_reference(self, reference: Any) -> None:

@@ -39,7 +39,7 @@ class SplitProbabilities:
 
     def add(self, logits: Tensor, splits: np.ndarray) -> None:
         """Pictures, and the split that each belongs to."""
-        log_p = logits.double().cpu().log_softmax(dim=1)
+        log_p = logits.cpu().double().log_softmax(dim=1)
         p, index = log_p.exp(), torch.from_numpy(splits)
         self.marginal.index_add_(0, index, p)
         self.negentropy.index_add_(0, index, (p * log_p).sum(dim=1))
@@ -67,10 +67,13 @@ class SplitProbabilities:
         )
 
     def score(self) -> tuple[float, float]:
-        """Mean and population standard deviation over the splits."""
-        mean = (self.marginal / self.counts[:, None]).clamp(min=0)  # `without` may round below 0
+        """Mean and population standard deviation over the splits that have pictures."""
+        filled = self.counts > 0
+        counts = self.counts[filled]
+        # `without` may round below 0.
+        mean = (self.marginal[filled] / counts[:, None]).clamp(min=0)
         entropy = -torch.special.xlogy(mean, mean).sum(dim=1)
-        values = (self.negentropy / self.counts + entropy).exp()
+        values = (self.negentropy[filled] / counts + entropy).exp()
         return float(values.mean()), float(values.std(correction=0))
 
 
@@ -139,7 +142,8 @@ def geneval_aggregate(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     prompts: dict[tuple[str, str], list[bool]] = defaultdict(list)
     for row in rows:
         tasks[row["tag"]].append(bool(row["correct"]))
-        prompts[row["tag"], row.get("prompt_id") or row["prompt"]].append(bool(row["correct"]))
+        prompt = row["prompt"] if row.get("prompt_id") is None else row["prompt_id"]
+        prompts[row["tag"], prompt].append(bool(row["correct"]))
     if not tasks:
         raise UserError("there are no GenEval rows to aggregate")
     accuracy = {task: float(np.mean(values)) for task, values in tasks.items()}

@@ -87,7 +87,8 @@ def is_statistics(path: str | Path) -> bool:
         return False
     try:
         with zipfile.ZipFile(path) as archive:
-            return "mu.npy" in archive.namelist()
+            names = archive.namelist()
+            return any(name == "mu.npy" or name.startswith("mu_") for name in names)
     except (OSError, zipfile.BadZipFile):
         return False
 

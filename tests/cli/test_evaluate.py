@@ -57,6 +57,19 @@ def test_eval_stats_are_a_reference(run, folders):
     by_stats = run(*words, "--reference", stats).json["metrics"]["fid[adm]"]
     by_pictures = run(*words, "--reference", folders / "real").json["metrics"]["fid[adm]"]
     assert by_stats["value"] == pytest.approx(by_pictures["value"], rel=1e-9)
+    small = folders / "small.npz"
+    for part in ("fake", "real"):
+        for path in (folders / part).iterdir():
+            Image.open(path).resize((64, 64)).save(path)
+    words_of = ["--features", "scenes", "--device", "cpu"]
+    made = run("eval", "stats", "--samples", folders / "real", "--output", small, *words_of)
+    assert made.code == 0, made.err
+    scenes = ["eval", "--samples", folders / "fake", "--metrics", "fd_scenes", "--json"]
+    both = [run(*scenes, "--reference", r, "--device", "cpu") for r in (small, folders / "real")]
+    found = [r.json["metrics"]["fd_scenes"]["value"] for r in both]
+    assert found[0] == pytest.approx(found[1], rel=1e-9)
+    count = run("eval", "--samples", folders / "fake", "--num_images", 3, "--metrics", "vendi")
+    assert (count.code, "--num_images is for --model" in count.err) == (2, True)
     other = run(*words, "--reference", stats, "--protocol", "clean")
     assert other.code == 2
     assert "protocol adm, not clean" in other.err
@@ -72,6 +85,13 @@ def test_eval_pack(run, folders):
         words = ("eval", "--samples", source, "--metrics", "vendi", "--json", *WEIGHTS)
         hashes = {run(*words).json["manifest"]["samples"]["pixels_sha256"]}
     assert len(hashes) == 1
+    for kind in ("a", "b"):
+        (folders / "classes" / kind).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(folders / "classes" / kind / "x.jpg")
+    labelled = run("eval", "pack", "--samples", folders / "classes", "--output", packed)
+    assert "warning: 2 files are lossy" in labelled.err
+    with np.load(packed) as file:
+        assert file["arr_1"].tolist() == [0, 1]
     wrong = run("eval", "pack", "--samples", folders / "fake", "--output", packed, "--count", 9)
     assert (wrong.code, "has 6 pictures, not 9" in wrong.err) == (2, True)
     Image.new("RGB", (8, 8)).save(folders / "fake" / "x.png")
@@ -201,6 +221,9 @@ def test_the_imagenet_preset_checks_first(run, folders):
     np.savez(folders / "adm.npz", arr_0=pixels, mu=[0], sigma=[0], mu_s=[0], sigma_s=[0])
     few = run(*words, "--reference", folders / "adm.npz")
     assert few.code == 2
+    for flag, value in (("--protocol", "clean"), ("--k", 9), ("--precision", "bf16")):
+        other = run(*words, "--reference", folders / "adm.npz", flag, value)
+        assert (other.code, f"has {flag[2:]} " in other.err) == (2, True), other.err
     assert "takes 50000 pictures, 50 of each of 1000 classes; these are 6" in few.err
 
 
@@ -212,7 +235,22 @@ def test_drawn_pictures_are_saved(run, tmp_path):
     assert len(list((tmp_path / "kept").glob("*.png"))) == 3
     assert run(*words).json["metrics"] == first.json["metrics"]
     other = run(*words, "--seed", 9)
-    assert (other.code, "another model or other settings" in other.err) == (2, True)
+    assert (other.code, "another model, number or other settings" in other.err) == (2, True)
+    for size in (1, 2):  # what is drawn does not depend on the batches of the pass
+        fresh = run(*words[:-1], tmp_path / f"fresh{size}", "--batch_size", size)
+        hashes = [r.json["manifest"]["samples"]["pixels_sha256"] for r in (first, fresh)]
+        assert hashes[0] == hashes[1]
+
+
+def test_reconstruction_names_a_broken_file(run, folders):
+    for index in range(45):  # of which the validation part is two
+        (folders / "real" / f"{index}.png").write_bytes(b"\x89PNG and no more")
+    words = ["eval", "--model", "scenes", "--metrics", "psnr", "--device", "cpu"]
+    result = run(*words, "--reconstruct", folders / "real")
+    assert result.code == 2
+    assert "is no readable image" in result.err
+    both = run(*words, "--reconstruct", "scenes", "--save_images", folders / "x")
+    assert (both.code, "--save_images keeps drawn pictures" in both.err) == (2, True)
 
 
 def test_clip_needs_prompts(run, folders):

@@ -274,7 +274,7 @@ def test_tars_of_a_folder_with_splits(tmp_path):
 
 def test_faulty_tars(tmp_path):
     half = {"a": {"png": png(0), "cls": b"1"}, "b": {"png": png(0)}}
-    with pytest.raises(UserError, match=r'b of .* has no file "\.cls" \(1 of 2'):
+    with pytest.raises(UserError, match=r'b.png of .* has no file "\.cls" \(1 of 2'):
         open_source(write_tar(tmp_path / "half.tar", half), resolution=8)
     with pytest.raises(UserError, match="no image in 1 tar files"):
         open_source(write_tar(tmp_path / "none.tar", {"a": {"txt": b"x"}}), resolution=8)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,9 @@ from PIL import Image
 from tiny_network import TinyNetwork, bundled_features, pictures
 
 from nextscale.errors import UserError
-from nextscale.eval.features import extract
+from nextscale.eval.features import exact_convolutions, extract, parts_of
 from nextscale.eval.frechet import Moments, frechet_distance
-from nextscale.eval.images import open_images
+from nextscale.eval.images import ArrayImages, open_images
 from nextscale.eval.measure import evaluate
 from nextscale.eval.scores import inception_score
 from nextscale.eval.statistics import (
@@ -186,7 +187,7 @@ def test_jackknife_error_is_the_spread_of_repeated_draws(network: TinyNetwork) -
         evaluate(pictures(200, seed), real, network=network, metrics=metrics)["metrics"]
         for seed in range(30)
     ]
-    for name in ("fid", "isc", "kid_full", "precision", "density", "vendi"):
+    for name in ("fid", "isc", "kid", "kid_full", "precision", "density", "vendi"):
         entries = [record[f"{name}[adm]"] for record in records]
         spread = float(np.std([r["value"] for r in entries], ddof=1))
         typical = float(np.mean([r["se"] for r in entries]))
@@ -257,6 +258,12 @@ def test_processes_give_the_same(network: TinyNetwork, tmp_path: Path, world: in
     assert values(real) == pytest.approx(values(expected), rel=1e-5)
 
 
+def test_convolutions_are_exact_and_still_cudnns() -> None:
+    with exact_convolutions():
+        assert torch.backends.cudnn.enabled
+        assert not torch.backends.cudnn.allow_tf32
+
+
 def test_pairs(tmp_path: Path) -> None:
     golden = Path(__file__).parents[1] / "golden" / "eval"
     expected = json.loads((golden / "expected.json").read_text())["recon"]
@@ -272,7 +279,7 @@ def test_pairs(tmp_path: Path) -> None:
     spread = np.std(expected["psnr_per_image"], ddof=1) / 3**0.5
     assert psnr["se"] == pytest.approx(spread, rel=1e-9)
     equal = evaluate(originals, originals, metrics=["psnr"])["metrics"]["psnr"]
-    assert (equal["value"], equal["params"]["infinite"]) == (float("inf"), 3)
+    assert (equal["value"], equal["params"]["infinite"]) == (None, 3)
     with pytest.raises(UserError, match="3 pictures and 2 originals"):
         evaluate(pixels, originals[:2], metrics=["psnr"])
     together = evaluate(pixels, originals, network=TinyNetwork(), metrics=["psnr", "rfid"])
@@ -283,6 +290,84 @@ def test_pairs(tmp_path: Path) -> None:
     large = pictures(2, side=176)
     shifted = evaluate(large, large[::-1].copy(), metrics=["ms_ssim"])["metrics"]["ms_ssim"]
     assert 0 <= shifted["value"] < 1
+
+
+def test_a_file_with_pictures_and_statistics(network: TinyNetwork, tmp_path: Path) -> None:
+    """As the ADM suite's: its pictures are fewer than those of its statistics."""
+    pixels, many = pictures(6, 1), network(list(pictures(40, 2)))
+    arrays = {}
+    for tap, names in (("pool", ("mu", "sigma")), ("spatial", ("mu_s", "sigma_s"))):
+        moments = Moments.of(many[tap])
+        arrays |= dict(zip(names, (moments.mean.numpy(), moments.covariance.numpy()), strict=True))
+    np.savez(tmp_path / "adm.npz", arr_0=pixels, **arrays)
+    fake = pictures(6, 3)
+    found = evaluate(fake, tmp_path / "adm.npz", network=network, metrics=["fid", "prc"])["metrics"]
+    assert found["precision[adm]"]["n_ref"] == 6
+    assert found["fid[adm]"]["n_ref"] is None  # the file does not say of how many
+    expected = evaluate(fake, pixels, network=network, metrics=["rfid"])["metrics"]["rfid[adm]"]
+    pairs = evaluate(fake, tmp_path / "adm.npz", network=network, metrics=["rfid"])["metrics"]
+    assert pairs["rfid[adm]"] == expected
+
+
+def test_parts_of_the_jackknife_share_every_class(network: TinyNetwork) -> None:
+    labels = np.repeat(np.arange(4), 40)
+    part = parts_of(160, 20, labels)
+    for label in range(4):
+        assert np.bincount(part[labels == label], minlength=20).tolist() == [2] * 20
+    # Four classes far apart: sorted or in turn, the error is that of the pictures in a class.
+    pixels = np.concatenate([pictures(40, 1) // 4 + 60 * label for label in range(4)])
+    turn = np.argsort(np.tile(np.arange(40), 4), kind="stable")
+    errors = []
+    for order in (np.arange(160), turn):
+        samples = ArrayImages(pixels[order].astype(np.uint8))
+        samples.labels = labels[order]
+        metrics = ["fid", "kid", "vendi", "isc"]
+        record = evaluate(samples, pictures(50, 5), network=network, metrics=metrics)["metrics"]
+        names = ("fid", "kid_full", "vendi", "isc")  # the subsets of kid go by order
+        errors.append([record[f"{name}[adm]"]["se"] for name in names])
+    assert errors[0] == pytest.approx(errors[1], rel=1e-6)
+
+
+def test_a_last_split_of_one_picture_has_an_error_too() -> None:
+    class Constant(TinyNetwork):
+        def __call__(self, images, indices=()):  # type: ignore[no-untyped-def]
+            return {"logits": torch.randn(len(images), 5, generator=generator)}
+
+    generator = torch.Generator().manual_seed(0)
+    record = evaluate(
+        np.zeros((5001, 1, 1, 3), np.uint8), network=Constant(), metrics=["isc"], batch_size=5001
+    )
+    entry = record["metrics"]["isc[adm]"]
+    assert entry["params"]["splits"] == 2
+    assert 0 < entry["se"] < 1
+
+
+def test_folders_with_parts(tmp_path: Path) -> None:
+    write(tmp_path / "train", pictures(3))
+    write(tmp_path / "val", pictures(2, 1))
+    with pytest.raises(UserError, match="has the parts train, val: pass the one that is meant"):
+        open_images(tmp_path)
+    (tmp_path / "val").rename(tmp_path / "more")
+    assert len(open_images(tmp_path)) == 3
+    Image.fromarray(pictures(1, 9)[0]).save(tmp_path / "loose.png")
+    assert len(open_images(tmp_path)) == 6
+
+
+def test_lossy_members_of_tars_are_named(network: TinyNetwork, tmp_path: Path) -> None:
+    pytest.importorskip("webdataset")
+    folder = write(tmp_path / "set", pictures(3), ".jpg")
+    with tarfile.open(tmp_path / "set.tar", "w") as archive:
+        for path in sorted(folder.iterdir()):
+            archive.add(path, path.name)
+    record = evaluate(tmp_path / "set.tar", network=network, metrics=["vendi"])
+    (warning,) = [w for w in record["warnings"] if "lossy" in w]
+    assert warning.startswith(f"3 files are lossy (000.jpg of {tmp_path / 'set.tar'})")
+
+
+def test_labels_start_at_zero(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", arr_0=pictures(2), arr_1=[-1, 0])
+    with pytest.raises(UserError, match=r"x.npz has the label -1: labels start at 0"):
+        open_images(tmp_path / "x.npz")
 
 
 def test_scores_by_prompt_share_the_pass(network: TinyNetwork) -> None:
@@ -314,19 +399,22 @@ def test_warnings(network: TinyNetwork, tmp_path: Path) -> None:
     write(mixed / "a", pictures(4, side=16))
     write(mixed / "b", pictures(3, 1, side=16)[:, :, :8], ".jpg")
     Image.fromarray(pictures(4)[0]).save(mixed / "a" / "again.png")
+    (mixed / "note.txt").touch()
     real = np.concatenate([pictures(4), pictures(9, 5)])
     record = evaluate(mixed, real, network=network)
     text = "\n".join(record["warnings"])
     for part in (
         "8 pictures: figures of the FID family are published for 50,000",
-        "2 sizes: 16x16 (5), 8x16 (3)",
-        "3 pictures are not square",
-        "1 pictures repeat another one",
+        f"2 sizes: 16x16 (5), 8x16 (3), first {mixed / 'b' / '000.jpg'}",
+        f"3 pictures are not square ({mixed / 'b' / '000.jpg'})",
+        f"1 pictures repeat another one, pixel for pixel ({mixed / 'a' / 'again.png'} is",
         "pictures that are in the reference too: 4",
-        "3 files are lossy",
-        "the classes are unbalanced: 3 to 5",
+        f"3 files are lossy ({mixed / 'b' / '000.jpg'})",
+        "the classes are unbalanced: 3 pictures of class 1, 5 of class 0",
+        f"1 files are no pictures ({mixed / 'note.txt'})",
     ):
         assert part in text, part
+    assert record["manifest"]["samples"]["kinds"] == {"PNG RGB": 5, "JPEG RGB": 3}
     few = evaluate(pictures(5), pictures(9, 1), network=network)
     assert any("5 pictures are fewer than the 6 pool features" in w for w in few["warnings"])
 
@@ -395,9 +483,10 @@ def test_odd_files_are_read_as_a_viewer_shows_them(network: TinyNetwork, tmp_pat
     assert (found["deep.png"] == 128).all()
     assert (found["clear.png"] == 255).all()  # transparent lies over white
     assert found["press.jpg"].shape == (8, 8, 3)
-    assert (
-        evaluate(folder, network=network, metrics=["vendi"])["metrics"]["vendi[adm]"]["value"] > 1
-    )
+    record = evaluate(folder, network=network, metrics=["vendi"])
+    assert record["metrics"]["vendi[adm]"]["value"] > 1
+    (warning,) = [w for w in record["warnings"] if "not 8-bit RGB" in w]
+    assert warning.startswith("3 files are not 8-bit RGB (CMYK, I;16, RGBA; ")
 
 
 def test_statistics_that_are_none(tmp_path: Path) -> None:

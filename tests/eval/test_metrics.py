@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,18 @@ def test_a_distance_equal_to_the_radius_is_inside() -> None:
     assert found.precision == 0.5
     assert found.coverage == pytest.approx(2 / 3)
     assert found.density == pytest.approx(2 / 4)
+
+
+def test_precision_recall_of_collapsed_sets() -> None:
+    """Equal rows need no exact differences: they would be as many as pairs."""
+    row = np.random.default_rng(0).normal(size=(1, 2048))
+    one, other = np.repeat(row, 700, axis=0), np.repeat(row + 1, 700, axis=0)
+    began = time.perf_counter()
+    assert precision_recall(one, one, k=3)[:4] == pytest.approx((1, 1, 700 / 3, 1))
+    assert precision_recall(one, other, k=3)[:4] == (0.0, 0.0, 0.0, 0.0)
+    mixed = np.concatenate([one[:350], other[:350]])
+    assert precision_recall(one, mixed, k=3)[:2] == (0.5, 1.0)
+    assert time.perf_counter() - began < 30  # a minute and more by differences
 
 
 def test_precision_recall_of_a_set_with_itself_and_with_a_far_one() -> None:

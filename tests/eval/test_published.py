@@ -65,6 +65,20 @@ def test_other_samples_are_refused(
         SMALL.check(images, adm_file(tmp_path / "R.npz"))
 
 
+def test_what_is_still_to_be_drawn_is_refused_too(tmp_path: Path) -> None:
+    reference = adm_file(tmp_path / "R.npz")
+
+    def draw(start: int, count: int) -> np.ndarray:
+        raise AssertionError("nothing needs to be drawn")
+
+    labels = np.repeat([0, 1, 2], 2)
+    assert SMALL.check(DrawnImages(draw, 6, labels=labels), reference, 8) == []
+    with pytest.raises(UserError, match="of 8x8, these are 64x64"):
+        SMALL.check(DrawnImages(draw, 6, labels=labels), reference, 64)
+    with pytest.raises(UserError, match="here a class has 1 to 3"):
+        SMALL.check(DrawnImages(draw, 6, labels=np.array([0, 0, 0, 1, 1, 2])), reference, 8)
+
+
 def test_other_references_are_refused(tmp_path: Path) -> None:
     images = open_images(pictures(6, side=8))
     with pytest.raises(UserError, match=r"with 4 pictures for precision and recall.* has 3"):
@@ -93,10 +107,14 @@ def test_drawn_pictures_are_kept_and_drawn_once(tmp_path: Path) -> None:
     assert asked == [(0, 3), (3, 3), (3, 3), (6, 1)]
     assert record["metrics"] == evaluate(pixels, **settings)["metrics"]
     assert record["manifest"]["samples"]["count"] == 7
-    again = evaluate(tmp_path / "kept", **settings)
-    assert again["manifest"]["samples"] == record["manifest"]["samples"]
-    with pytest.raises(UserError, match="another model or other settings"):
-        DrawnImages(draw, 7, tmp_path / "kept", {"seed": 2})
+    again = evaluate(tmp_path / "kept", **settings)["manifest"]["samples"]
+    assert again["pixels_sha256"] == record["manifest"]["samples"]["pixels_sha256"]
+    for count, seed in ((7, 2), (8, 1)):
+        with pytest.raises(UserError, match="another model, number or other settings"):
+            DrawnImages(draw, count, tmp_path / "kept", {"seed": seed})
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / ".tmp-0.json").touch()  # of a run that was killed at its first file
+    DrawnImages(draw, 7, tmp_path / "begun")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x.png").touch()
     with pytest.raises(UserError, match="is not empty"):
@@ -170,6 +188,8 @@ def test_geneval_folders(tmp_path: Path) -> None:
     (tmp_path / "out" / "00001" / "samples" / "0001.png").unlink()
     assert write_folders(read_lines(path), draw, tmp_path / "out", per_prompt=2, seed=7) == 1
     assert asked[-1] == ("a red bus", 10)
+    with pytest.raises(UserError, match="another model, number or other settings"):
+        write_folders(read_lines(path), draw, tmp_path / "out", per_prompt=2, seed=8)
     with pytest.raises(UserError, match='line 1 of the prompts has no "prompt"'):
         write_folders([{"tag": "x"}], draw, tmp_path / "y")
     path.write_text("[1]")
