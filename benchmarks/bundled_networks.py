@@ -17,13 +17,12 @@ import numpy as np
 from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
 
-from nextscale import storage
 from nextscale.data.checker import falsifiable
 from nextscale.data.scenes import Scene, render, sample_scene
 from nextscale.eval import evaluate
 from nextscale.eval.clip import Clip, open_clip_model
 from nextscale.eval.contrastive import one_change, rank_first
-from nextscale.eval.feature_network import BUNDLED, FeatureNetwork, SmallFeatures
+from nextscale.eval.feature_network import small_features
 from nextscale.eval.features import extract
 from nextscale.eval.images import open_images
 from nextscale.eval.statistics import statistics_of
@@ -140,7 +139,7 @@ def true_scenes(count: int) -> np.ndarray:
 
 def meter(reference: np.ndarray) -> Callable[[np.ndarray], tuple[float, float]]:
     """Pictures -> `fd_scenes` to these pictures, and its standard error."""
-    network = SmallFeatures(FeatureNetwork.from_pretrained(storage.ASSETS / BUNDLED), BUNDLED)
+    network = small_features()
     features = extract(open_images(reference), network, moments=["scenes"], batch_size=250)
     statistics = statistics_of(features, network.fingerprint(), "true scenes")
 

@@ -74,6 +74,12 @@ def own_range(count: int) -> range:
     return range(this * count // total, (this + 1) * count // total)
 
 
+def cores() -> int:
+    """CPU cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return (os.cpu_count() or 1) if affinity is None else len(affinity(0))
+
+
 def gather(value: T) -> list[T]:
     """What every process holds, in the order of the ranks, on every process.
 

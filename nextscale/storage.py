@@ -148,6 +148,11 @@ def write_bytes(path: StrPath, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
+def short_name(path: StrPath) -> str:
+    """The last two parts of a place: what a record calls it without telling of this machine."""
+    return "/".join(Path(path).expanduser().absolute().parts[-2:])
+
+
 def write_json(path: StrPath, obj: Any) -> None:
     """Write an object as indented UTF-8 JSON, atomically and in the order of its keys.
 

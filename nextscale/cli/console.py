@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -111,6 +112,23 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
 def number(value: Any) -> str:
     """A figure as text."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def check_file(path: str | Path) -> None:
+    """Refuse an output file that cannot be written, before any work is done.
+
+    Raises:
+        UserError: Naming the file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name a file")
+    try:
+        place = next(parent for parent in path.absolute().parents if parent.exists())
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def check_folder(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nextscale.cli.console import Output
+from nextscale.cli.job import metadata, read_metadata
 from nextscale.cli.loading import load_pipeline, load_tokenizer, read_model
 from nextscale.cli.model_flags import ModelFlags
 from nextscale.cli.ranks import pick_device
@@ -78,18 +79,21 @@ def open_reference(config: EvalConfig, source: Source) -> Any:
 
 
 def _true_pictures(config: EvalConfig) -> Source:
-    """Pictures of a built-in world behind those of the reference: what no model can beat."""
+    """Pictures of a built-in world: what no model can beat."""
     from nextscale.data.sources import open_source
     from nextscale.eval.images import open_images
 
     assert config.samples is not None
-    start, count = config.num_reference, config.num_images or 1000
+    # Behind the reference's, if that is of the same world.
+    start = config.num_reference if config.reference in WORLDS else 0
+    count = config.num_images or 1000
     data = open_source(
         config.samples, resolution=config.resolution, split="validation", num_images=start + count
     )
     if len(data) < start + count:
         raise UserError(
-            f"{config.samples} has {len(data)} pictures: lower --num_reference or --num_images"
+            f"{config.samples} has {len(data)} pictures, not {start} of the reference and {count} "
+            "more: lower --num_images or --num_reference"
         )
     read = _rows_of(data)
     import numpy as np
@@ -127,7 +131,6 @@ def _rows_of(data: Any) -> Any:
 
 def _prompts(config: EvalConfig, images: Images) -> list[str]:
     """From the file, the dataset's captions, or what `nextscale generate` wrote into the PNGs."""
-    from nextscale.cli.job import read_metadata
     from nextscale.eval.images import FileImages
 
     if config.prompts is not None:
@@ -135,7 +138,13 @@ def _prompts(config: EvalConfig, images: Images) -> list[str]:
             lines = Path(config.prompts).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read prompts {config.prompts}: {error}") from error
-        return [line.strip() for line in lines if line.strip()]
+        prompts = [line.strip() for line in lines if line.strip()]
+        if prompts and prompts[0].startswith("{"):
+            raise UserError(
+                f"{config.prompts} holds JSON, not one prompt per line; a metadata.jsonl in the "
+                "folder of the pictures is read without --prompts"
+            )
+        return prompts
     captions = images.captions() if isinstance(images, FileImages) else None
     if captions is not None:
         return captions
@@ -199,7 +208,13 @@ def _drawn(config: EvalConfig) -> Source:
         "dtype": str(pipe.dtype).removeprefix("torch."),
     }
     kept = None if config.save_images is None else Path(config.save_images)
-    return Source(DrawnImages(draw, count, kept, about, labels), prompts, None, about)
+
+    def told(row: int) -> dict[str, str]:
+        facts = {key: values[row] for key, values in conditions.items()}
+        return metadata({**facts, "seed": config.seed + row, **about})
+
+    drawn = DrawnImages(draw, count, kept, about, labels, told)
+    return Source(drawn, prompts, None, about)
 
 
 def _reconstructed(config: EvalConfig) -> Source:
@@ -263,6 +278,11 @@ def open_networks(
     for tap in sorted(taps & {"clip", "cosine", "cmmd"}):
         default = CLIP_MODELS["cmmd" if tap == "cmmd" else "clip"]
         by_model.setdefault(config.clip_model or default, []).append(tap)
+    if len(by_model) > 1 and config.clip_weights is not None:
+        raise UserError(
+            f"clip and cmmd are of two models ({', '.join(by_model)}), and --clip_weights is one "
+            "file: measure them one by one, or choose one --clip_model"
+        )
     for name, wanted in by_model.items():
         from nextscale.eval.clip import ClipFeatures, clip_scorer, open_clip_model
         from nextscale.eval.scorers import Scored
@@ -280,14 +300,9 @@ def open_networks(
 
 
 def _small_features(config: NetworkFlags) -> Network:
-    from nextscale import storage
-    from nextscale.eval.feature_network import BUNDLED, FeatureNetwork, SmallFeatures
+    from nextscale.eval.feature_network import small_features
 
-    name = config.features_model
-    network = FeatureNetwork.from_pretrained(storage.ASSETS / name if name == BUNDLED else name)
-    # Records name the run, not the place on this machine.
-    short = "/".join(Path(name).parts[-2:])
-    return SmallFeatures(network, short, device=pick_device(config.device))
+    return small_features(config.features_model, device=pick_device(config.device))
 
 
 def _dinov2(config: NetworkFlags) -> Network:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import tyro
 
 from nextscale import processes, storage
-from nextscale.cli.console import Output, number, table
+from nextscale.cli.console import Output, check_file, check_folder, number, table
 from nextscale.cli.eval_sources import (
     open_lpips,
     open_networks,
@@ -136,6 +136,8 @@ class EvalConfig(SamplingFlags, NetworkFlags):
                 raise UserError(f"--{name} goes with --model, not with --samples")
         if self.reconstruct is not None and self.save_images is not None:
             raise UserError("--save_images keeps drawn pictures; use nextscale reconstruct instead")
+        if self.num_images is not None and self.num_images < 1:
+            raise UserError(f"num_images must be 1 or more, got {self.num_images}.")
         if self.num_reference < 2:
             raise UserError(f"num_reference must be 2 or more, got {self.num_reference}.")
 
@@ -226,8 +228,14 @@ def _evaluate(config: EvalConfig, output: Output, arguments: list[str]) -> None:
     from nextscale.eval.published import PUBLISHED
     from nextscale.eval.weights import cache_folder
 
-    if (config.samples is None) == (config.model is None):
+    if config.samples is None and config.model is None:
         raise UserError("pass --samples FOLDER or --model NAME: what is to be measured.")
+    if config.samples is not None and config.model is not None:
+        raise UserError("pass --samples or --model (which draws them), not both.")
+    if config.output is not None:
+        check_file(config.output)
+    if config.plot is not None:
+        check_folder(config.plot, empty=False)
     given = config.reference if config.reconstruct is None else config.reconstruct
     check_request(config.metrics, given, config.k)
     asked = [METRICS[name] for name in config.metrics]
@@ -315,6 +323,7 @@ def _stats(config: StatsConfig, output: Output) -> None:
 
     if Path(config.output).suffix != ".npz":
         raise UserError(f"--output must end in .npz, got {config.output}")
+    check_file(config.output)
     taps = ("pool", "spatial") if config.features == "inception" else (config.features,)
     with process_group():
         network, _, _ = open_networks(config, {*taps}, None, output)
@@ -345,6 +354,7 @@ def _pack(config: PackConfig, output: Output) -> None:
     from nextscale.eval.images import open_images
     from nextscale.eval.measure import LOSSY
 
+    check_file(config.output)
     images = open_images(config.samples)
     if config.count is not None and len(images) != config.count:
         raise UserError(f"{config.samples} has {len(images)} pictures, not {config.count}")
@@ -376,13 +386,11 @@ def _compare(config: CompareConfig, output: Output) -> None:
     shared = [name for name in first["metrics"] if name in second["metrics"]]
     if not shared:
         raise UserError(f"{config.first} and {config.second} share no metric of one protocol")
-    for record, path in ((first, config.first), (second, config.second)):
+    for path, record in {config.first: first, config.second: second}.items():
         if record.get("valid") is False:
             output.note(f"warning: {path} was made with random weights; its figures mean nothing")
-    for part in ("network", "reference"):
-        sides = [record.get("manifest", {}).get(part) for record in (first, second)]
-        if sides[0] != sides[1]:
-            output.note(f"warning: the two have another {part}: the difference is not theirs alone")
+    for part in _differing(first, second, shared):
+        output.note(f"warning: the two have another {part}: the difference is not theirs alone")
     counts = [{entry["n_gen"] for entry in r["metrics"].values()} for r in (first, second)]
     if counts[0] != counts[1]:
         output.note(
@@ -405,6 +413,18 @@ def _compare(config: CompareConfig, output: Output) -> None:
         output.figures(found)
     elif not output.quiet:
         table(("metric", "first", "second", "difference", "± se"), rows)
+
+
+def _differing(first: dict[str, Any], second: dict[str, Any], shared: list[str]) -> list[str]:
+    """What besides the pictures differs, as far as the shared figures depend on it."""
+    a, b = (record.get("manifest", {}) for record in (first, second))
+    networks = (a.get("network") or {}, b.get("network") or {})
+    both = set(networks[0]) & set(networks[1])
+    found = ["network"] if any(networks[0][key] != networks[1][key] for key in both) else []
+    compared = any(first["metrics"][name].get("n_ref") is not None for name in shared)
+    if compared and a.get("reference") != b.get("reference"):
+        found.append("reference")
+    return found
 
 
 def _read_record(path: str) -> dict[str, Any]:

@@ -166,7 +166,8 @@ def load_clip(folder: str | Path, *, device: torch.device | str = "cpu") -> Clip
     keep = ("mean", "std", "interpolation", "resize_mode", "fill_color")
     preprocess = {key: preprocess[key] for key in keep if key in preprocess}
     vocabulary = Vocabulary(context, about.get("tokens"))
-    return Clip(model, vocabulary, {"size": size, **preprocess}, folder.name, device=device)
+    name = folder.name if folder.parent == storage.ASSETS else storage.short_name(folder)
+    return Clip(model, vocabulary, {"size": size, **preprocess}, name, device=device)
 
 
 def load_released(
@@ -218,7 +219,10 @@ def load_released(
             force_quick_gelu=quick,
             force_preprocess_cfg=given or None,
         )
-    except (RuntimeError, ValueError, OSError, pickle.UnpicklingError, SafetensorError) as error:
+    except (
+        *(RuntimeError, ValueError, OSError, AttributeError),  # the last for an .npz
+        *(pickle.UnpicklingError, SafetensorError),
+    ) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{found} does not hold the weights of {architecture}: {reason}") from error
     config = dict(open_clip.get_model_preprocess_cfg(model))

@@ -139,3 +139,12 @@ class SmallFeatures:
     def fingerprint(self) -> dict[str, str]:
         """What two sets of features must share to be compared."""
         return {"features": self.name, "features_weights": self.sha256}
+
+
+def small_features(
+    name: str | Path = BUNDLED, *, device: torch.device | str = "cpu"
+) -> SmallFeatures:
+    """The bundled feature network, or one from a folder of `nextscale train features`."""
+    bundled = str(name) == BUNDLED
+    network = FeatureNetwork.from_pretrained(storage.ASSETS / BUNDLED if bundled else name)
+    return SmallFeatures(network, BUNDLED if bundled else storage.short_name(name), device=device)

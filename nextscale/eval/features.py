@@ -234,7 +234,7 @@ def _batches(
         loader = torch.utils.data.DataLoader(
             _Plan(images, plan),
             batch_size=None,
-            num_workers=min(num_workers, len(plan)),
+            num_workers=min(num_workers, len(plan), processes.cores()),
             collate_fn=_as_it_is,
         )
     else:

@@ -103,6 +103,9 @@ def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> fl
         raise UserError(f"means must be [d] and covariances [d, d] of one d, got {shapes}")
     if not all(bool(t.isfinite().all()) for t in (m1, s1, m2, s2)):
         raise UserError("means or covariances hold NaN or infinity; look at the features")
+    for s in (s1, s2):
+        if not torch.allclose(s, s.T, rtol=0, atol=1e-5 * float(s.abs().max())):
+            raise UserError("a covariance is not symmetric, so it is none")
     traces = float(s1.trace() + s2.trace())
     distance = float((m1 - m2).square().sum()) + traces - 2 * _trace_of_root(s1, s2)
     if distance < -1e-8 * traces:

@@ -161,6 +161,7 @@ class DrawnImages:
         folder: Keep them there as PNGs, and draw only those that are not there yet.
         about: What they are drawn by; a folder of other pictures is refused.
         labels: Of their classes.
+        text: What the PNG of a picture says about it, as text chunks.
     """
 
     parallel = False
@@ -172,8 +173,9 @@ class DrawnImages:
         folder: Path | None = None,
         about: Mapping[str, Any] | None = None,
         labels: np.ndarray | None = None,
+        text: Callable[[int], Mapping[str, str]] | None = None,
     ) -> None:
-        self.labels = labels
+        self.labels, self.text = labels, text
         self.draw, self.count, self.folder = draw, count, folder
         self.kinds: dict[int, str] = {}
         if folder is None:
@@ -203,8 +205,8 @@ class DrawnImages:
         if all(path.is_file() for path in paths):
             return [np.asarray(decode(path)) for path in paths]
         drawn = self._draw(rows)
-        for path, picture in zip(paths, drawn, strict=True):
-            save_png(picture, path)
+        for row, path, picture in zip(rows, paths, drawn, strict=True):
+            save_png(picture, path, self.text(row) if self.text else None)
         return drawn
 
     def _draw(self, rows: Sequence[int]) -> list[np.ndarray]:
@@ -270,6 +272,11 @@ def open_images(
         return ArrayImages(source.numpy())
     if isinstance(source, np.ndarray):
         return ArrayImages(source)
+    if not callable(source):
+        raise UserError(
+            f"pictures come as a path, an array, a tensor or a function, not as {type(source)}; "
+            "stack a list of pictures of one size into an array uint8 [n, h, w, 3]"
+        )
     if count is None or count < 1:
         raise UserError(f"a source function needs its number of pictures, got {count}")
     return DrawnImages(source, count)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import platform
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -17,7 +17,7 @@ import torch
 
 from nextscale import __version__, processes
 from nextscale.errors import UserError
-from nextscale.eval.features import Features, Joined, Network, extract, fingerprint_of
+from nextscale.eval.features import Features, Joined, Network, extract
 from nextscale.eval.images import FileImages, Images, open_images
 from nextscale.eval.metrics import BLOCKS, METRICS, Metric, Pair, Value, scored
 from nextscale.eval.protocols import get_protocol, inception_splits
@@ -27,6 +27,7 @@ from nextscale.eval.statistics import (
     Statistics,
     cached_path,
     check_same,
+    describe,
     is_statistics,
     read_statistics,
     save_statistics,
@@ -68,7 +69,7 @@ def measure(
     reference: Any = None,
     *,
     network: Network | None = None,
-    metrics: Sequence[str] = ("fid",),
+    metrics: Sequence[str] | str | None = None,
     prompts: Sequence[str] | None = None,
     scorers: Mapping[str, Scorer] | None = None,
     sample_networks: Sequence[Network] = (),
@@ -92,8 +93,8 @@ def measure(
             pytorch-fid's). The ADM suite's file may hold both. For metrics of pairs, the originals.
         network: Gives the features, such as `Inception(weights, protocol)`, or several as
             `Joined`; None for metrics that need none.
-        metrics: Names of `METRICS` and of `scorers`.
-        prompts: Of each picture, for CLIPScore and scorers.
+        metrics: Names of `METRICS` and of `scorers`; None: all of `scorers`, or else fid.
+        prompts: Of each picture, for CLIPScore and the checker; own scorers get "" without.
         scorers: Further metrics by name, such as a reward model; means over the pictures.
         sample_networks: Networks that see the measured pictures alone: `Scored` with the tap
             "cosine" for CLIPScore.
@@ -121,13 +122,17 @@ def measure(
     """
     began = time.perf_counter()
     own = dict(scorers or {})
+    metrics = [metrics] if isinstance(metrics, str) else list(metrics or own or ["fid"])
     check_request(metrics, reference, k, scorers=tuple(own))
     table = METRICS | {name: scored(name) for name in own}
     wanted = {name: table[name] for name in metrics}
     images = open_images(samples, num_images)
     if len(images) < 2:
         raise UserError(f"2 pictures or more are needed, got {len(images)}")
-    texts = _checked_prompts(prompts, len(images), [n for n, m in wanted.items() if m.prompts])
+    if prompts is None and own:
+        prompts = [""] * len(images) if not any(m.prompts for m in wanted.values()) else None
+    named = [name for name, m in wanted.items() if m.prompts or name in own]
+    texts = _checked_prompts(prompts, len(images), named)
     statistics, real_images = None, None
     if any(metric.reference or metric.paired for metric in wanted.values()):
         statistics, real_images = _open_reference(reference, num_reference or len(images))
@@ -180,8 +185,8 @@ def measure(
     manifest = {
         **_environment(),
         "network": both.fingerprint(),
-        "samples": _about(fake),
-        "reference": _about(real) if real else _about_statistics(statistics),
+        "samples": describe(fake),
+        "reference": describe(real) if real else _about_statistics(statistics),
         "seed": seed,
         "batch_size": batch_size,
         "seconds": round(seconds, 2),
@@ -345,11 +350,14 @@ def check_request(
         raise UserError(f"give at least one metric: {', '.join(known)}")
     for name in metrics:
         if name not in known:
-            hint = " Put spaces between names." if "," in name else ""
+            near = difflib.get_close_matches(name.lower(), known, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            hint = " Put spaces between names." if "," in name else hint
             raise UserError(f'there is no metric "{name}".{hint} Choose from {", ".join(known)}.')
     names = [n for n in metrics if n in METRICS and (METRICS[n].reference or METRICS[n].paired)]
     if names and reference is None:
-        raise UserError(f"{', '.join(names)} compares with a reference: pass --reference")
+        verb = "compares" if len(names) == 1 else "compare"
+        raise UserError(f"{', '.join(names)} {verb} with a reference: pass --reference")
     if k < 1:
         raise UserError(f"k is {k}, but must be 1 or more")
 
@@ -415,19 +423,12 @@ def warnings_of(
     return found
 
 
-def _about(features: Features) -> dict[str, Any]:
-    return {
-        "count": features.count,
-        "pixels_sha256": fingerprint_of(features),
-        "sizes": {f"{w}x{h}": n for (h, w), n in features.sizes.most_common(8)},
-        "kinds": dict(Counter(features.kinds).most_common(8)),
-    }
-
-
 def _about_statistics(statistics: Statistics | None) -> dict[str, Any] | None:
     """Of a reference whose pictures were not read; its hash is that of its numbers."""
     if statistics is None:
         return None
+    if statistics.about is not None:
+        return dict(statistics.about)
     digest = hashlib.sha256()
     for tap, pair in sorted(statistics.values.items()):
         digest.update(tap.encode())

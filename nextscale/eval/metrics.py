@@ -105,8 +105,8 @@ def mean_value(scores: np.ndarray, clusters: Sequence[Any], **params: Any) -> Va
     for cluster, score in zip(clusters, scores, strict=True):
         sums[cluster] = sums.get(cluster, 0.0) + score - mean
     squares, count = np.array(list(sums.values())) ** 2, len(sums)
-    se = None
-    if count > 1:
+    se = None  # also of scores that are all the same: no spread was seen, which is not none
+    if count > 1 and np.ptp(scores) > 0:
         se = float(np.sqrt(count / (count - 1) * squares.sum()) / len(scores))
     return Value(mean, True, se, params)
 
@@ -162,7 +162,10 @@ def _pairwise(tap: str, suffix: str) -> dict[str, Metric]:
 
     def neighbours(pair: Pair) -> dict[str, Value]:
         found = pairwise.precision_recall(*pair.rows(tap), k=pair.k)
-        errors = {"precision": found.precision_error, "density": found.density_error}
+        errors = {
+            "precision": found.precision_error or None,
+            "density": found.density_error or None,
+        }
         return {
             f"{name}{suffix}": Value(getattr(found, name), True, errors.get(name), {"k": pair.k})
             for name in ("precision", "recall", "density", "coverage")
@@ -237,7 +240,7 @@ def _mean_of(name: str, higher_is_better: bool = True) -> Callable[[Pair], dict[
 
 def scored(name: str) -> Metric:
     """The mean of a scorer over the pictures."""
-    return Metric(name, _mean_of(name), rows=True, prompts=True)
+    return Metric(name, _mean_of(name), rows=True, prompts=name in SCORERS)
 
 
 METRICS: dict[str, Metric] = {

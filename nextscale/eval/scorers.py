@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nextscale.data.checker import Report, check_batch
 from nextscale.data.images import to_uint8
+from nextscale.errors import UserError
 
 Scorer = Callable[[Float[Tensor, "b 3 h w"], Sequence[str]], Float[Tensor, " b"]]
 """Pictures in [0, 1] and their prompts -> float32 scores, higher is better."""
@@ -54,10 +55,17 @@ class Scored:
         prompts = [self.prompts[index] for index in indices]
         same = len({image.shape for image in images}) == 1
         parts = [slice(0, len(images))] if same else [slice(i, i + 1) for i in range(len(images))]
-        return {
-            name: torch.cat([scorer(_unit(images[p]), prompts[p]) for p in parts])[:, None]
-            for name, scorer in self.scorers.items()
-        }
+        found = {}
+        for name, scorer in self.scorers.items():
+            scores = [torch.as_tensor(scorer(_unit(images[p]), prompts[p])) for p in parts]
+            for part, given in zip(parts, scores, strict=True):
+                if given.shape != (len(prompts[part]),):
+                    raise UserError(
+                        f'the scorer "{name}" must give one score per picture, '
+                        f"[{len(prompts[part])}], not {list(given.shape)}"
+                    )
+            found[name] = torch.cat(scores).float()[:, None]
+        return found
 
     def fingerprint(self) -> dict[str, str]:
         """Nothing that features of another set would have to share."""

@@ -6,15 +6,17 @@ import hashlib
 import json
 import os
 import zipfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from nextscale import storage
 from nextscale.errors import UserError
-from nextscale.eval.features import Features
+from nextscale.eval.features import Features, fingerprint_of
 from nextscale.eval.images import FileImages
 
 SCHEMA = 1
@@ -31,12 +33,14 @@ class Statistics:
         count: Pictures, None where the file does not say.
         fingerprint: Network and protocol, None where the file does not say.
         name: The file.
+        about: What the record says of the pictures, None where the file does not say.
     """
 
     values: Mapping[str, tuple[np.ndarray, np.ndarray]]
     count: int | None
     fingerprint: Mapping[str, str] | None
     name: str
+    about: Mapping[str, Any] | None = None
 
 
 def statistics_of(features: Features, fingerprint: Mapping[str, str], name: str) -> Statistics:
@@ -45,7 +49,17 @@ def statistics_of(features: Features, fingerprint: Mapping[str, str], name: str)
     for tap in features.blocks:
         moments = features.moments(tap)
         values[tap] = moments.mean.numpy(), moments.covariance.numpy()
-    return Statistics(values, features.count, fingerprint, name)
+    return Statistics(values, features.count, fingerprint, name, describe(features))
+
+
+def describe(features: Features) -> dict[str, Any]:
+    """What a record says of a set of pictures."""
+    return {
+        "count": features.count,
+        "pixels_sha256": fingerprint_of(features),
+        "sizes": {f"{w}x{h}": n for (h, w), n in features.sizes.most_common(8)},
+        "kinds": dict(Counter(features.kinds).most_common(8)),
+    }
 
 
 def save_statistics(statistics: Statistics, path: str | Path) -> None:
@@ -58,6 +72,7 @@ def save_statistics(statistics: Statistics, path: str | Path) -> None:
         "schema": SCHEMA,
         "count": statistics.count,
         "fingerprint": dict(statistics.fingerprint or {}),
+        "about": statistics.about,
     }
     arrays["nextscale"] = np.frombuffer(json.dumps(about).encode(), dtype=np.uint8)
     with storage.atomic(path) as temporary, open(temporary, "wb") as file:
@@ -118,7 +133,8 @@ def read_statistics(path: str | Path) -> Statistics:
         values[tap] = pair
     if not values:
         raise UserError(f"{path} holds no mean mu and covariance sigma")
-    return Statistics(values, about.get("count"), about.get("fingerprint") or None, str(path))
+    told = about.get("fingerprint") or None
+    return Statistics(values, about.get("count"), told, str(path), about.get("about"))
 
 
 def check_same(statistics: Statistics, fingerprint: Mapping[str, str]) -> str | None:

@@ -134,6 +134,12 @@ def test_eval_of_a_model_and_of_its_pictures(run, models, tmp_path):
     assert (silent.code, "other.png does not say its prompt" in silent.err) == (2, True)
     neither = run("eval", "--metrics", "checker")
     assert (neither.code, "pass --samples FOLDER or --model NAME" in neither.err) == (2, True)
+    both = run("eval", "--metrics", "checker", "--samples", folder, "--model", "scenes")
+    assert (both.code, "not both" in both.err) == (2, True)
+    early = run(*words, "--model", "scenes", "--output", folder / "000000.png" / "x.json")
+    assert (early.code, "cannot write" in early.err) == (2, True)
+    none = run(*words, "--model", "scenes", "--num_images", 0)
+    assert (none.code, "num_images must be 1 or more" in none.err) == (2, True)
     classes = run(*words[:1], "--model", models["class"], "--metrics", "vendi", *WEIGHTS, "--json")
     assert classes.json["metrics"]["vendi[adm]"]["n_gen"] == 200
 
@@ -214,7 +220,7 @@ def test_the_tokenizer_preset(run):
 def test_the_imagenet_preset_checks_first(run, folders):
     words = ["eval", "--preset", "var-imagenet256", "--samples", folders / "fake", *WEIGHTS]
     none = run(*words)
-    assert (none.code, "compares with a reference" in none.err) == (2, True)
+    assert (none.code, "compare with a reference" in none.err) == (2, True)
     folder = run(*words, "--reference", folders / "real")
     assert (folder.code, "must be VIRTUAL_imagenet256_labeled.npz" in folder.err) == (2, True)
     pixels = np.zeros((10_000, 1, 1, 3), np.uint8)
@@ -234,6 +240,9 @@ def test_drawn_pictures_are_saved(run, tmp_path):
     assert first.code == 0, first.err
     assert len(list((tmp_path / "kept").glob("*.png"))) == 3
     assert run(*words).json["metrics"] == first.json["metrics"]
+    # The pictures say their prompts.
+    read = run("eval", "--samples", tmp_path / "kept", "--metrics", "checker", "--json")
+    assert read.json["metrics"] == first.json["metrics"]
     other = run(*words, "--seed", 9)
     assert (other.code, "another model, number or other settings" in other.err) == (2, True)
     for size in (1, 2):  # what is drawn does not depend on the batches of the pass
@@ -257,6 +266,9 @@ def test_clip_needs_prompts(run, folders):
     words = ["eval", "--samples", folders / "fake", "--metrics", "clip", "--device", "cpu"]
     silent = run(*words, "--clip_model", "scenes-clip")
     assert (silent.code, "does not say its prompt" in silent.err) == (2, True)
+    (folders / "few.txt").write_text('{"file_name": "0.png"}\n')
+    lines = run(*words, "--clip_model", "scenes-clip", "--prompts", folders / "few.txt")
+    assert (lines.code, "holds JSON, not one prompt per line" in lines.err) == (2, True)
     (folders / "few.txt").write_text("a red circle\n")
     few = run(*words, "--clip_model", "scenes-clip", "--prompts", folders / "few.txt")
     assert (few.code, "1 prompts for 6 pictures" in few.err) == (2, True)

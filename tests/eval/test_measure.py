@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_network import TinyNetwork, bundled_features, pictures
+from tiny_network import TinyNetwork, pictures
 
 from nextscale.errors import UserError
+from nextscale.eval import small_features
 from nextscale.eval.features import exact_convolutions, extract, parts_of
 from nextscale.eval.frechet import Moments, frechet_distance
 from nextscale.eval.images import ArrayImages, open_images
@@ -219,14 +220,15 @@ def test_without_jackknife_there_are_only_errors_of_means(network: TinyNetwork) 
 WORKER = """
 import json, sys
 import torch.distributed as dist
-from tiny_network import TinyNetwork, bundled_features, pictures
+from tiny_network import TinyNetwork, pictures
+from nextscale.eval import small_features
 from nextscale.eval.measure import evaluate
 dist.init_process_group("gloo")
 metrics = ("fid", "sfid", "isc", "kid", "prc", "vendi")
 record = evaluate(pictures(53, 1), pictures(41, 2), network=TinyNetwork(), metrics=metrics)
 both = [pictures(53, 1, 64), pictures(41, 2, 64)]
 metrics = ("fd_scenes", "kid_scenes", "vendi_scenes")
-real = evaluate(*both, network=bundled_features(), metrics=metrics, batch_size=8)
+real = evaluate(*both, network=small_features(), metrics=metrics, batch_size=8)
 if dist.get_rank() == 0:
     open(sys.argv[1], "w").write(json.dumps([record, real]))
 dist.destroy_process_group()
@@ -254,7 +256,7 @@ def test_processes_give_the_same(network: TinyNetwork, tmp_path: Path, world: in
     assert found["manifest"]["samples"] == expected["manifest"]["samples"]
     both = (pictures(53, 1, 64), pictures(41, 2, 64))
     metrics = ("fd_scenes", "kid_scenes", "vendi_scenes")
-    expected = evaluate(*both, network=bundled_features(), metrics=metrics)
+    expected = evaluate(*both, network=small_features(), metrics=metrics)
     assert values(real) == pytest.approx(values(expected), rel=1e-5)
 
 
@@ -379,7 +381,7 @@ def test_scores_by_prompt_share_the_pass(network: TinyNetwork) -> None:
     settings = {"network": network, "metrics": ["checker", "vendi"], "batch_size": 5}
     good = evaluate(pixels, prompts=prompts, **settings)["metrics"]
     assert good["checker"]["value"] == 1
-    assert good["checker"]["se"] == 0
+    assert good["checker"]["se"] is None  # no spread was seen
     bad = evaluate(pixels, prompts=wrong, **settings)["metrics"]["checker"]
     assert bad["value"] == pytest.approx(9 / 12)
     sums = [0.25 - 0.75] * 3 + [0.25] * 6  # clusters by prompt
@@ -392,6 +394,13 @@ def test_scores_by_prompt_share_the_pass(network: TinyNetwork) -> None:
         evaluate(pixels, metrics=["checker"], prompts=prompts[:3])
     with pytest.raises(UserError, match="no network that gives pool"):
         evaluate(pixels, pixels)
+    own = {"bright": lambda images, prompts: images.mean(dim=(1, 2, 3))}
+    found = evaluate(pixels, scorers=own)["metrics"]  # prompts are not needed
+    assert set(found) == {"bright"}
+    assert found["bright"]["value"] == pytest.approx(pixels.mean() / 255, rel=1e-6)
+    wrong_shape = {"bright": lambda images, prompts: images.mean(dim=(2, 3))}
+    with pytest.raises(UserError, match=r"one score per picture, \[12\], not \[12, 3\]"):
+        evaluate(pixels, scorers=wrong_shape)
 
 
 def test_warnings(network: TinyNetwork, tmp_path: Path) -> None:
@@ -422,9 +431,9 @@ def test_warnings(network: TinyNetwork, tmp_path: Path) -> None:
 def test_what_cannot_be_measured(network: TinyNetwork, tmp_path: Path) -> None:
     real = pictures(9)
     for metrics, message in (
-        (["fdi"], 'no metric "fdi"'),
+        (["fdi"], 'no metric "fdi". Did you mean fid'),
+        ("psrn", 'no metric "psrn". Did you mean psnr'),
         (["fid,isc"], "Put spaces between names"),
-        ([], "at least one metric"),
     ):
         with pytest.raises(UserError, match=message):
             evaluate(real, real, network=network, metrics=metrics)
@@ -432,6 +441,8 @@ def test_what_cannot_be_measured(network: TinyNetwork, tmp_path: Path) -> None:
         evaluate(real, real, network=network, metrics=["prc"], k=0)
     with pytest.raises(UserError, match=r"k = 9 neighbours need more than 9 pictures .* got 9"):
         evaluate(real, real, network=network, metrics=["prc"], k=9)
+    with pytest.raises(UserError, match="stack a list of pictures"):
+        evaluate([real[0], real[1]], real, network=network)
     with pytest.raises(UserError, match="there is no file or folder nowhere"):
         evaluate("nowhere", real, network=network)
     with pytest.raises(UserError, match="fid compares with a reference"):

@@ -110,6 +110,8 @@ def test_frechet_distance_refuses_what_is_no_covariance() -> None:
         frechet_distance(mean, identity, mean, np.eye(4))
     with pytest.raises(UserError, match="NaN or infinity"):
         frechet_distance(mean, identity * np.nan, mean, identity)
+    with pytest.raises(UserError, match="not symmetric"):
+        frechet_distance(mean, np.triu(np.ones((3, 3))), mean, identity)
     with pytest.raises(UserError, match="eigenvalue -1, so it is none"):
         frechet_distance(mean, -identity, mean, identity)
     with pytest.raises(UserError, match="2 images or more, got 1"):

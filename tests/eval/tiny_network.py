@@ -8,9 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nextscale import storage
-from nextscale.eval.feature_network import BUNDLED, FeatureNetwork, SmallFeatures
-
 
 class TinyNetwork:
     """Mean colours, a few pixels and their products: quick features of any picture."""
@@ -29,11 +26,6 @@ class TinyNetwork:
 
     def fingerprint(self) -> dict[str, str]:
         return {"network": "tiny", "protocol": self.protocol}
-
-
-def bundled_features() -> SmallFeatures:
-    """A real network in float32."""
-    return SmallFeatures(FeatureNetwork.from_pretrained(storage.ASSETS / BUNDLED), BUNDLED)
 
 
 def pictures(count: int, seed: int = 0, side: int = 16) -> np.ndarray:
