@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nextscale import storage
+from nextscale.data.images import to_uint8
 from nextscale.errors import UserError
 from nextscale.streams import SEED_LIMIT, random_seed, stream
 from nextscale.tokenizers import MultiscaleVQ
@@ -571,7 +572,7 @@ def to_pil(array: np.ndarray) -> list[Image.Image]:
     """PIL images of float [n, H, W, 3] in [0, 1], rounded to 8 bits."""
     from PIL import Image
 
-    return [Image.fromarray(picture) for picture in (array * 255).round().astype(np.uint8)]
+    return [Image.fromarray(p) for p in to_uint8(torch.from_numpy(array)).numpy()]
 
 
 def _progress(batches: range, show: bool) -> Any:

@@ -79,7 +79,7 @@ def _edit(command: str, config: EditConfig, output: Output) -> None:
     import torch
     from tqdm import tqdm
 
-    from nextscale.data.images import decode, save_png
+    from nextscale.data.images import decode, save_png, to_uint8
     from nextscale.pipeline import image_seeds
     from nextscale.training.grid import save_grid
 
@@ -111,7 +111,7 @@ def _edit(command: str, config: EditConfig, output: Output) -> None:
             "dtype": config.dtype,
         }
         path = folder / f"{index:06d}.png"
-        pixels = (picture.permute(1, 2, 0) * 255).round().byte().numpy()
+        pixels = to_uint8(picture).permute(1, 2, 0).numpy()
         save_png(pixels, path, metadata(facts))
         paths.append(str(path))
     save_grid(torch.stack([*images, *edited]), folder / "grid.png", columns=len(images))

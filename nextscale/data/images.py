@@ -244,7 +244,7 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Float in [0, 1] -> uint8, rounded to the nearest value; what lies outside is clamped."""
+    """Float in [0, 1] -> uint8, rounded half up as VAR's; what lies outside is clamped."""
     import torch
 
-    return (images.clamp(0, 1) * 255).round().to(torch.uint8)
+    return (images.float().clamp(0, 1) * 255 + 0.5).to(torch.uint8)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from nextscale import processes
 from nextscale.data.config import DataConfig, open_dataset
-from nextscale.data.images import to_float
+from nextscale.data.images import to_float, to_uint8
 from nextscale.data.sources import ImageSource
 from nextscale.errors import UserError, require
 from nextscale.eval.feature_network import FeatureNetwork, FeatureNetworkConfig
@@ -195,4 +195,4 @@ def _degrade(
         x = x + noise * MAX_NOISE * torch.randn(x.shape, generator=generator)
     if given[2]:
         x = x + MAX_SHIFT * shift[:, None, None]
-    return (x.clamp(0, 1) * 255).round().to(torch.uint8), faults
+    return to_uint8(x), faults

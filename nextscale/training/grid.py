@@ -45,7 +45,7 @@ def save_grid(
         raise UserError(f"columns must be positive, got {columns}. Use 1 or more.")
     if captions is not None and len(captions) != len(images):
         raise UserError(f"captions has {len(captions)} texts for {len(images)} images.")
-    pixels = images.detach().float().clamp(0, 1).mul(255).round().byte().cpu().numpy()
+    pixels = images.detach().float().clamp(0, 1).mul(255).add(0.5).byte().cpu().numpy()
     pixels = np.ascontiguousarray(pixels.transpose(0, 2, 3, 1))
     count, height, width = pixels.shape[:3]
     font = ImageFont.load_default(size=10)

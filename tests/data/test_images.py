@@ -175,3 +175,4 @@ def test_ranges():
     assert to_float(values)[[0, 255]].tolist() == [-1, 1]
     assert torch.equal(to_uint8((to_float(values) + 1) / 2), values)
     assert to_uint8(torch.tensor([-1.0, 0.499 / 255, 0.501 / 255, 2.0])).tolist() == [0, 0, 1, 255]
+    assert to_uint8(torch.tensor([0.5, 126.5 / 255])).tolist() == [128, 127]  # halves go up
