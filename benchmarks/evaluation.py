@@ -142,6 +142,23 @@ def frechet_terms() -> list[dict[str, Any]]:
     return rows
 
 
+def measure(tools: list[str], count: int) -> dict[str, dict[str, Any]]:
+    """Every tool on the same `count` pictures, each in a process of its own."""
+    rows: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_pictures(folder, count)
+        torch.save(random_weights(0), folder / "inception.pth")
+        for tool in tools:
+            words = [sys.executable, __file__, "--row", name, "--tools", tool]
+            done = subprocess.run(words, capture_output=True, text=True, check=True, env=os.environ)
+            row = json.loads(done.stdout.splitlines()[-1])
+            row["images_per_second"] = round(count / row.pop("seconds"), 2)
+            rows[tool] = row
+            print(count, tool, json.dumps(row), flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=2000)
@@ -156,18 +173,11 @@ def main() -> None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         print(json.dumps({"seconds": spent, "peak_mb": round(peak), "fid": value}))
         return
-    rows: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        make_pictures(folder, options.count)
-        torch.save(random_weights(0), folder / "inception.pth")
-        for tool in options.tools:
-            words = [sys.executable, __file__, "--row", name, "--tools", tool]
-            done = subprocess.run(words, capture_output=True, text=True, check=True, env=os.environ)
-            row = json.loads(done.stdout.splitlines()[-1])
-            row["images_per_second"] = round(options.count / row.pop("seconds"), 2)
-            rows[tool] = row
-            print(tool, json.dumps(row), flush=True)
+    rows = measure(options.tools, options.count)
+    # Memory that grew with the number of pictures would show here.
+    quarter = measure([t for t in options.tools if "nextscale" in t], options.count // 4)
+    for tool, row in quarter.items():
+        rows[tool]["peak_mb_at_a_quarter"] = row["peak_mb"]
     peers = [row["images_per_second"] for tool, row in rows.items() if "nextscale" not in tool]
     for tool in rows:
         if peers and "nextscale" in tool:
