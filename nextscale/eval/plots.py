@@ -22,7 +22,7 @@ EXTREMES = 8  # best and worst pictures
 def draw_plots(measured: Measured, folder: Path) -> list[Path]:
     """Write what the measurement allows: features.png, extremes.png, per_class.csv.
 
-    The score that ranks pictures is the first one that a picture has of its own (a scorer, the
+    The score that ranks pictures is the finest one that a picture has of its own (a scorer, the
     cosine of CLIPScore, SSIM, ...), else its nearness to the nearest reference picture.
 
     Args:
@@ -53,9 +53,10 @@ def _scores(measured: Measured, taps: list[str]) -> tuple[str, np.ndarray, bool]
     """Name, one number per picture, and whether high is good."""
     rows = measured.fake.rows
     lower = ("mse", "lpips")
-    for tap in rows:
-        if rows[tap].shape[1] == 1:
-            return tap, rows[tap][:, 0], tap not in lower
+    single = [tap for tap in rows if rows[tap].shape[1] == 1]
+    if single:  # a score of 0 or 1 would rank by chance
+        tap = max(single, key=lambda name: len(np.unique(rows[name])))
+        return tap, rows[tap][:, 0], tap not in lower
     real = measured.real
     if real is None or not taps or taps[0] not in real.rows:
         return None
@@ -106,9 +107,11 @@ def _draw_extremes(
     for tile, picture in zip(tiles, pictures, strict=True):
         height, width = picture.shape[:2]
         tile[:, :height, :width] = torch.from_numpy(picture.copy()).permute(2, 0, 1) / 255
+    told = name.split(" ")[0]
     captions = [
-        f"{values[row]:.3g} {measured.prompts[row] if measured.prompts else ''}".strip()
-        for row in chosen
+        f"{'best' if place < shown else 'worst'}, {told} {values[row]:.3g}"
+        + (f": {measured.prompts[row]}" if measured.prompts else "")
+        for place, row in enumerate(chosen)
     ]
     save_grid(tiles, path, columns=shown, captions=captions, text={"score": name})
     return path
