@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +32,7 @@ from nextscale.eval.pairwise import rbf_distance
 from nextscale.eval.reconstruction import load_lpips
 from nextscale.eval.scorers import Scored
 from nextscale.eval.scores import clip_scores
+from nextscale.eval.weights import WeightFile, find_weights
 
 open_clip = pytest.importorskip("open_clip")
 pytest.importorskip("timm")
@@ -97,15 +100,19 @@ def test_clip_metrics(tmp_path: Path) -> None:
     )["metrics"]
     x, y = (clip.images(list(p)) for p in (real, fake))
     biased, unbiased = rbf_distance(x, y)
-    assert record["cmmd[clip]"]["value"] == pytest.approx(1000 * biased, rel=1e-4)
-    assert record["cmmd_unbiased[clip]"]["value"] == pytest.approx(1000 * unbiased, rel=1e-3)
+    assert record[f"cmmd[{clip.name}]"]["value"] == pytest.approx(1000 * biased, rel=1e-4)
+    assert record[f"cmmd_unbiased[{clip.name}]"]["value"] == pytest.approx(
+        1000 * unbiased, rel=1e-3
+    )
     moments = [Moments.of(v.double()) for v in (x, y)]
     expected = frechet_distance(*(t for m in moments for t in (m.mean, m.covariance)))
-    assert record["fd_clip[clip]"]["value"] == pytest.approx(expected, rel=1e-4)
+    assert record[f"fd_clip[{clip.name}]"]["value"] == pytest.approx(expected, rel=1e-4)
     cosines = (y * clip.texts(prompts)).sum(dim=1)
     for name, value in clip_scores(cosines).items():
-        assert record[f"{name}[clip]"]["value"] == pytest.approx(value, rel=1e-5)
-    assert {"kid_clip[clip]", "recall_clip[clip]", "vendi_clip[clip]"} <= set(record)
+        assert record[f"{name}[{clip.name}]"]["value"] == pytest.approx(value, rel=1e-5)
+    for name in ("kid_clip", "recall_clip", "vendi_clip"):
+        assert f"{name}[{clip.name}]" in record
+    assert clip.name == f"{tmp_path.name}/clip"  # no place of this machine
 
 
 def test_released_clip_without_weights(monkeypatch, tmp_path: Path) -> None:
@@ -224,3 +231,26 @@ def test_small_features_round_trip(tmp_path: Path) -> None:
         evaluate(pictures(30), pictures(40, 1), network=mine, metrics=["fd_scenes"])
     with pytest.raises(UserError, match="end in 128 or less"):
         FeatureNetworkConfig(channels=(8, 8, 8, 129))
+
+
+def test_weights_are_downloaded_once_and_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "public.pth"
+    source.write_bytes(b"weights")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    monkeypatch.setenv("NEXTSCALE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    file = WeightFile(("w.pth",), (source.as_uri(),), digest[:8], "NEXTSCALE_W", "--w")
+    with pytest.raises(UserError, match="are not on this machine"):
+        find_weights(file)
+    with pytest.raises(UserError, match="could not be downloaded"):  # another file than announced
+        find_weights(replace(file, sha256="0" * 8), download=True)
+    assert not list((tmp_path / "cache").iterdir())
+    found = find_weights(file, download=True)
+    assert found.read_bytes() == b"weights"
+    source.unlink()
+    assert find_weights(file) == find_weights(file, download=True) == found
+    gone = replace(file, names=("other.pth",))
+    with pytest.raises(UserError, match="could not be downloaded"):
+        find_weights(gone, download=True)
