@@ -175,9 +175,9 @@ def main() -> None:
         return
     rows = measure(options.tools, options.count)
     # Memory that grew with the number of pictures would show here.
-    quarter = measure([t for t in options.tools if "nextscale" in t], options.count // 4)
-    for tool, row in quarter.items():
-        rows[tool]["peak_mb_at_a_quarter"] = row["peak_mb"]
+    half = measure([t for t in options.tools if "nextscale" in t], options.count // 2)
+    for tool, row in half.items():
+        rows[tool]["peak_mb_at_a_half"] = row["peak_mb"]
     peers = [row["images_per_second"] for tool, row in rows.items() if "nextscale" not in tool]
     for tool in rows:
         if peers and "nextscale" in tool:
