@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from nextscale.cli.console import Output
 from nextscale.cli.job import metadata, read_metadata
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from nextscale.cli.evaluate import EvalConfig, NetworkFlags
+    from nextscale.cli.evaluate import EvalConfig
     from nextscale.eval.features import Network
     from nextscale.eval.images import Images
     from nextscale.eval.inception import Inception
@@ -28,6 +28,46 @@ DRAWN_AT_ONCE = 16  # as `nextscale generate`
 WORLDS = ("scenes", "scenes-all", "digits")
 # The networks that the published figures are made with.
 CLIP_MODELS = {"clip": "ViT-B-32-quickgelu", "cmmd": "ViT-L-14-336-quickgelu"}
+
+
+ProtocolName = Literal["adm", "torch-fidelity", "clean", "pytorch-fid", "torchmetrics"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkFlags:
+    """Flags of the pass over the pictures."""
+
+    protocol: ProtocolName = "adm"
+    """How pictures are resized and normalised; see the docs."""
+    weights: str | None = None
+    """File of Inception's weights; None: NEXTSCALE_INCEPTION, then the caches."""
+    download: bool = False
+    """Fetch the weights if they are nowhere."""
+    random_weights: int | None = None
+    """Random weights from this seed instead, for trying things out: the record says invalid."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """bf16 is about twice as fast and changes the features a little; do not mix the two."""
+    batch_size: int = 32
+    """Pictures at once."""
+    num_workers: int = 2
+    """Processes that decode."""
+    device: str | None = None
+    """cpu, cuda, cuda:1; None: a GPU if there is one."""
+    features_model: str = "scenes-features"
+    """Feature network of fd_scenes and its relatives; a folder of `train features`."""
+    clip_model: str | None = None
+    """scenes-clip (bundled), an open_clip model folder, or a name of open_clip's list, such as
+    ViT-L-14-quickgelu; None: what each metric was published with."""
+    clip_weights: str | None = None
+    """File of its weights; None: NEXTSCALE_CLIP, then the hub's cache."""
+    dinov2_weights: str | None = None
+    """timm's file of DINOv2 ViT-L/14; None: NEXTSCALE_DINOV2, then the hub's cache."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UserError(f"batch_size must be 1 or more, got {self.batch_size}.")
+        if self.num_workers < 0:
+            raise UserError(f"num_workers must be 0 or more, got {self.num_workers}.")
 
 
 @dataclass(frozen=True)
