@@ -10,7 +10,7 @@ import tyro
 
 from nextscale import processes, storage
 from nextscale.cli.console import Output, check_file, number, table
-from nextscale.cli.eval_sources import NetworkFlags, open_networks
+from nextscale.cli.eval_networks import NetworkFlags, open_networks
 from nextscale.cli.flags import parse
 from nextscale.cli.ranks import process_group
 from nextscale.cli.recipes import to_yaml

@@ -9,13 +9,8 @@ from typing import Any, Literal
 
 from nextscale import processes, storage
 from nextscale.cli.console import Output, check_file, check_folder, number, table
-from nextscale.cli.eval_sources import (
-    NetworkFlags,
-    open_lpips,
-    open_networks,
-    open_reference,
-    open_samples,
-)
+from nextscale.cli.eval_networks import NetworkFlags, open_lpips, open_networks
+from nextscale.cli.eval_sources import open_reference, open_samples
 from nextscale.cli.flags import parse
 from nextscale.cli.model_flags import SamplingFlags
 from nextscale.cli.ranks import pick_device, process_group
