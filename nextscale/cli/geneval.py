@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from nextscale import processes
 from nextscale.cli.console import Output, number, table
 from nextscale.cli.flags import parse
 from nextscale.cli.loading import load_pipeline, read_model
 from nextscale.cli.model_flags import ModelFlags, SamplingFlags
+from nextscale.cli.ranks import process_group
 from nextscale.cli.recipes import to_yaml
 from nextscale.errors import UserError
 
@@ -76,15 +78,18 @@ def _draw(config: GenevalConfig, output: Output) -> None:
         images = pipe(list(prompts), **config.sampling(), seed=list(seeds), output_type="pt").images
         return to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
 
-    drawn = write_folders(
-        lines,
-        draw,
-        config.output_dir,
-        per_prompt=config.num_images,
-        seed=config.seed,
-        about={"model": config.model, "weights": weights, **config.sampling()},
-        progress=output.bar(),
-    )
+    with process_group():
+        drawn = write_folders(
+            lines,
+            draw,
+            config.output_dir,
+            per_prompt=config.num_images,
+            seed=config.seed,
+            about={"model": config.model, "weights": weights, **config.sampling()},
+            progress=output.bar(),
+        )
+    if not processes.is_main():
+        return
     facts = {"output_dir": config.output_dir, "prompts": len(lines), "drawn": drawn}
     output.figures(facts, f"{len(lines)} prompts in {config.output_dir}, {drawn} pictures drawn")
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from nextscale import storage
+from nextscale import processes, storage
 from nextscale.data.images import save_png
 from nextscale.errors import UserError
 from nextscale.eval.images import claim_folder
@@ -63,6 +63,8 @@ def write_folders(
 ) -> int:
     """Draw and write; pictures that are there are left as they are, so that a killed run goes on.
 
+    Each process of a run takes its share of the prompts.
+
     Args:
         prompts: Lines of GenEval's evaluation_metadata.jsonl, each with "prompt".
         draw: The generator.
@@ -83,7 +85,8 @@ def write_folders(
             raise UserError(f'line {number} of the prompts has no "prompt"')
     claim_folder(folder, {**(about or {}), "seed": seed, "num_images": per_prompt})
     drawn = 0
-    for index, line in enumerate(tqdm(prompts, unit="prompt", disable=not progress)):
+    for index in tqdm(processes.own_range(len(prompts)), unit="prompt", disable=not progress):
+        line = prompts[index]
         place = Path(folder) / f"{index:05d}"
         with storage.os_errors(place):
             (place / "samples").mkdir(parents=True, exist_ok=True)
@@ -96,4 +99,4 @@ def write_folders(
         for j, picture in zip(missing, draw([line["prompt"]] * len(missing), seeds), strict=True):
             save_png(picture, paths[j])
         drawn += len(missing)
-    return drawn
+    return sum(processes.gather(drawn))

@@ -180,15 +180,7 @@ class DrawnImages:
         self.kinds: dict[int, str] = {}
         if folder is None:
             return
-        # The first process claims the folder; the others hear what it found.
-        problem = ""
-        if processes.is_main():
-            try:
-                claim_folder(folder, {**(about or {}), "count": count})
-            except UserError as error:
-                problem = str(error)
-        if problem := processes.gather(problem)[0]:
-            raise UserError(problem)
+        claim_folder(folder, {**(about or {}), "count": count})
 
     def __len__(self) -> int:
         return self.count
@@ -219,6 +211,8 @@ class DrawnImages:
 def claim_folder(folder: str | Path, about: Mapping[str, Any]) -> None:
     """Make a folder for pictures, or find it as the same run left it.
 
+    The first process looks, and all hear what it found.
+
     Args:
         folder: Where to.
         about: What the pictures are drawn by; kept in source.json.
@@ -226,8 +220,18 @@ def claim_folder(folder: str | Path, about: Mapping[str, Any]) -> None:
     Raises:
         UserError: If it holds anything else.
     """
-    folder = Path(folder)
-    mark, what = folder / "source.json", json.loads(json.dumps(dict(about)))
+    problem = ""
+    if processes.is_main():
+        try:
+            _claim(Path(folder), json.loads(json.dumps(dict(about))))
+        except UserError as error:
+            problem = str(error)
+    if problem := processes.gather(problem)[0]:
+        raise UserError(problem)
+
+
+def _claim(folder: Path, what: dict[str, Any]) -> None:
+    mark = folder / "source.json"
     with storage.os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         found = [path for path in folder.iterdir() if not path.name.startswith(".tmp-")]
