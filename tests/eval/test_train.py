@@ -93,6 +93,27 @@ def test_clip_learns_and_is_saved(tmp_path: Path) -> None:
     assert clip.images([p.transpose(1, 2, 0) for p in pixels]).shape == (3, 32)
 
 
+def test_clip_tells_centres_from_pictures_and_texts(tmp_path: Path) -> None:
+    config = clip_config(tmp_path, centre_weight=4.0, hard_relations=True, max_train_steps=60)
+    train_clip(config, progress=False)
+    for name in ("centres", "text_centres"):
+        values = [line[name] for line in log(tmp_path) if name in line]
+        assert values[-1] < 0.8 * values[0], name
+    clip = load_clip(tmp_path / "model")  # what told them is not kept
+    assert not [name for name in clip.model.state_dict() if "head" in name]
+
+
+def test_false_relations_come_first() -> None:
+    scene = next(s for s in (sample_scene(2, i) for i in range(99)) if s.caption.relation)
+    false = {str(c) for c in falsifiable(scene.caption, scene)["relation"]}
+    found = one_change(scene, 8, np.random.default_rng(0), relations=True)
+    assert set(found[: len(false)]) == false
+    assert len(set(found)) == 8
+    plain = next(s for s in (sample_scene(2, i) for i in range(99)) if not s.caption.relation)
+    rows = [one_change(plain, 3, np.random.default_rng(1), relations=r) for r in (False, True)]
+    assert rows[0] == rows[1]
+
+
 def test_training_repeats_and_resumes(tmp_path: Path) -> None:
     one, other = tmp_path / "one", tmp_path / "other"
     train_clip(clip_config(one, max_train_steps=6, logging_steps=1), progress=False)
