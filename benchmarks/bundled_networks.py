@@ -57,16 +57,21 @@ def captions_read(clip: Clip, count: int) -> dict[str, Any]:
         scenes = [sample_scene(SEED, index, held_out=held_out) for index in range(count)]
         name = "right_caption_first_of_32" + (", held-out pairs" if held_out else "")
         found[name] = right_caption_first(clip, scenes)
+        found[f"{name}, true rivals too"] = right_caption_first(clip, scenes, true_rivals=True)
         if not held_out:
             found["some_false_caption_of_this_kind_wins"] = false_captions_that_win(clip, scenes)
     return found
 
 
-def right_caption_first(clip: Clip, scenes: list[Scene]) -> float:
-    """Among 32, of which 8 have one statement changed."""
+def right_caption_first(clip: Clip, scenes: list[Scene], *, true_rivals: bool = False) -> float:
+    """Among 32, of which 8 have one statement changed; the others are those of other scenes.
+
+    `true_rivals` keeps captions of other scenes that are true of the picture as well.
+    """
     captions = [str(scene.caption) for scene in scenes]
     false = [one_change(s, 8, np.random.default_rng(i)) for i, s in enumerate(scenes)]
-    return rank_first(clip, clip.images(list(render(scenes, clip.size))), captions, false)
+    images = clip.images(list(render(scenes, clip.size)))
+    return rank_first(clip, images, captions, false, scenes=None if true_rivals else scenes)
 
 
 def false_captions_that_win(clip: Clip, scenes: list[Scene]) -> dict[str, float]:

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from nextscale.data.captions import COLORS, SHAPES
-from nextscale.data.checker import falsifiable
+from nextscale.data.captions import COLORS, SHAPES, parse
+from nextscale.data.checker import falsifiable, judge
 from nextscale.data.scenes import Scene
 from nextscale.eval.clip import Clip
 
@@ -101,12 +101,17 @@ def centre_loss(told: Float[Tensor, "b p 2"], true: Float[Tensor, "b p 2"]) -> F
     return (told.float() - true)[there].square().mean() * 12
 
 
+def _holds(caption: str, scene: Scene) -> bool:
+    return all(statement.holds for statement in judge(scene.shapes, parse(caption)))
+
+
 def rank_first(
     clip: Clip,
     images: Float[Tensor, "n d"],
     captions: Sequence[str],
     false: Sequence[Sequence[str]],
     among: int = RANKED,
+    scenes: Sequence[Scene] | None = None,
 ) -> float:
     """How often the right caption scores highest among `among` different ones.
 
@@ -116,6 +121,8 @@ def rank_first(
         captions: The right ones.
         false: Further captions per picture; the rest are those of the pictures that follow.
         among: Captions per picture, the right one included.
+        scenes: Of the pictures: captions of others that are true of them too are left out ("a red
+            circle" and "a small red circle" may both be).
     """
     rivals: list[list[str]] = []
     for i, own in enumerate(captions):
@@ -123,13 +130,14 @@ def rank_first(
         for step in range(1, len(captions)):
             if len(others) >= among - 1:
                 break
-            others.setdefault(captions[(i + step) % len(captions)])
-            others.pop(own, None)
+            other = captions[(i + step) % len(captions)]
+            if other != own and (scenes is None or not _holds(other, scenes[i])):
+                others.setdefault(other)
         rivals.append(list(others))
     texts = list(dict.fromkeys([*captions, *itertools.chain(*rivals)]))
     place = {text: row for row, text in enumerate(texts)}
     vectors, wins = clip.texts(texts), 0
     for image, own, others in zip(images, captions, rivals, strict=True):
-        best = (vectors[[place[other] for other in others]] @ image).max()
-        wins += bool(vectors[place[own]] @ image > best)
+        scores = vectors[[place[other] for other in others]] @ image
+        wins += bool((vectors[place[own]] @ image > scores).all())
     return wins / len(captions)

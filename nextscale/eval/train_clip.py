@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from nextscale import processes
 from nextscale.data.config import DataConfig, open_dataset
 from nextscale.data.images import to_float
+from nextscale.data.scenes import Scene
 from nextscale.data.sources import ImageSource
 from nextscale.errors import UserError, require
 from nextscale.eval.clip import Clip, Vocabulary, save_clip
@@ -199,12 +200,14 @@ def _clip_report(
 ) -> dict[str, float]:
     count = min(config.num_validation_images, len(validation))
     images, texts, false = [], [], []
+    scenes: list[Scene] = []
     for start in range(0, count, 250):
         batch = validation.load(np.arange(start, min(start + 250, count)))
         assert batch.captions is not None
         images.append(clip.images(list(batch.images.permute(0, 2, 3, 1).numpy())))
         texts += batch.captions
         for i, scene in enumerate(batch.extra.get("scene", ())):
+            scenes.append(scene)
             rng = np.random.default_rng(stream(0, start + i).initial_seed())
             false.append(one_change(scene, ONE_CHANGE, rng))
     vectors, captions = torch.cat(images), clip.texts(texts)
@@ -212,7 +215,7 @@ def _clip_report(
     loss, _ = contrastive_loss(vectors, captions, None, twins(texts), scale)
     if not false:
         return {"loss": float(loss)}
-    return {"loss": float(loss), "rank_1": rank_first(clip, vectors, texts, false)}
+    return {"loss": float(loss), "rank_1": rank_first(clip, vectors, texts, false, scenes=scenes)}
 
 
 def _clip_settings(config: ClipTrainingConfig, vocabulary: Vocabulary) -> dict[str, Any]:

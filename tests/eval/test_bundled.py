@@ -7,9 +7,11 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from bundled_networks import COUNT, FAULTS, meter, true_scenes
+from bundled_networks import COUNT, FAULTS, meter, right_caption_first, true_scenes
 
 from nextscale import storage
+from nextscale.data.scenes import sample_scene
+from nextscale.eval.clip import open_clip_model
 
 pytest.importorskip("timm")
 
@@ -49,3 +51,11 @@ def test_bundled_networks_are_small() -> None:
     folders = (storage.ASSETS / name for name in ("scenes-features", "scenes-clip"))
     sizes = [path.stat().st_size for folder in folders for path in folder.iterdir()]
     assert sum(sizes) <= 10e6
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_the_small_clip_ranks_the_right_caption_first(held_out: bool) -> None:
+    """On scenes of the test stream, and on those whose pairs the generator never met."""
+    pytest.importorskip("open_clip")
+    scenes = [sample_scene(2, index, held_out=held_out) for index in range(400)]
+    assert right_caption_first(open_clip_model("scenes-clip"), scenes) >= 0.95

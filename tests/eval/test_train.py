@@ -192,6 +192,23 @@ def test_rank_first_counts_the_right_captions() -> None:
     assert rank_first(Fake(), vectors, captions, false, among=4) == 5 / 6  # pyright: ignore
 
 
+def test_captions_that_are_true_too_are_no_rivals() -> None:
+    class Fake:
+        def texts(self, prompts: list[str]) -> torch.Tensor:
+            return torch.tensor([[1.0 + ("small" in p or "large" in p)] for p in prompts])
+
+    scene = next(
+        s
+        for s in (sample_scene(2, i) for i in range(99))
+        if str(s.caption).startswith("a ") and str(s.caption).count(" ") == 2
+    )
+    size, own = scene.shapes[0].size, str(scene.caption)
+    captions = [own, own.replace("a ", f"a {size} ")]
+    settings = {"clip": Fake(), "images": torch.ones(2, 1), "captions": captions, "false": [[], []]}
+    assert rank_first(**settings) == 0.5  # pyright: ignore
+    assert rank_first(**settings, scenes=[scene, scene]) == 1  # pyright: ignore
+
+
 def test_all_pairs_are_in_scenes_all() -> None:
     batch = open_source("scenes-all", resolution=32).load(np.arange(40))
     held = [
