@@ -84,7 +84,7 @@ def run(command: str, arguments: list[str]) -> int:
 def _stats(config: StatsConfig, output: Output) -> None:
     from nextscale.eval.features import extract
     from nextscale.eval.images import open_images
-    from nextscale.eval.measure import warnings_of
+    from nextscale.eval.set_warnings import warnings_of
     from nextscale.eval.statistics import save_statistics, statistics_of
 
     if Path(config.output).suffix != ".npz":
@@ -118,7 +118,7 @@ def _pack(config: PackConfig, output: Output) -> None:
     from tqdm import tqdm
 
     from nextscale.eval.images import open_images
-    from nextscale.eval.measure import LOSSY
+    from nextscale.eval.set_warnings import LOSSY
 
     check_file(config.output)
     images = open_images(config.samples)
