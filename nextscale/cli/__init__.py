@@ -23,6 +23,8 @@ COMMANDS = {
     "train var": ("train", "a next-scale transformer on your images"),
     "train features": ("train", "a small feature network, to measure with"),
     "train clip": ("train", "a small CLIP, to score captions with"),
+    "train diffusion": ("train", "a small diffusion model, to align with rewards"),
+    "align": ("align", "fine-tune a generator by rewards: GRPO, DPO, RAFT"),
     "encode": ("encode", "images -> token maps, once for many trainings"),
     "reconstruct": ("reconstruct", "images -> tokens -> images: PSNR and codebook usage"),
     "eval": ("evaluate", "pictures -> FID, KID, Inception score, precision and recall, ..."),

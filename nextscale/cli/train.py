@@ -1,7 +1,8 @@
-"""`nextscale train {tokenizer,var,features,clip}`."""
+"""`nextscale train {tokenizer,var,features,clip,diffusion}`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,8 @@ from nextscale.cli.flags import parse
 from nextscale.cli.recipes import to_yaml
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from nextscale.tokenizers import MultiscaleVQ
     from nextscale.var import NextScaleTransformer
 
@@ -23,12 +26,15 @@ ABOUT = {
     "train features": "Train a small feature network for Fréchet distances on your own kind of "
     "pictures.",
     "train clip": "Train a small CLIP on pictures with captions.",
+    "train diffusion": "Train a small latent diffusion model on pictures with captions; diffusers "
+    "opens it.",
 }
 EXAMPLE = {
     "train tokenizer": "nextscale train tokenizer --config digits-tokenizer --output_dir runs/tok",
     "train var": "nextscale train var --config digits-var --output_dir runs/var",
     "train features": "nextscale train features --config scenes-features --output_dir runs/f",
     "train clip": "nextscale train clip --config scenes-clip --output_dir runs/clip",
+    "train diffusion": "nextscale train diffusion --config scenes-diffusion --output_dir runs/sd",
 }
 
 
@@ -46,6 +52,9 @@ def run(command: str, arguments: list[str]) -> int:
     elif command == "train clip":
         from nextscale.eval.train_clip import ClipTrainingConfig as settings
         from nextscale.eval.train_clip import train_clip as train
+    elif command == "train diffusion":
+        from nextscale.align.diffusion_train import DiffusionTrainingConfig as settings
+        from nextscale.align.diffusion_train import train_diffusion as train
     else:
         from nextscale.var.train import TransformerTrainingConfig as settings
         from nextscale.var.train import train_transformer as train
@@ -58,6 +67,8 @@ def run(command: str, arguments: list[str]) -> int:
     check_folder(config.output_dir, empty=False)
     if command == "train var" and config.num_validation_prompts:
         extra["evaluate"] = partial(_prompt_accuracy, config)
+    if command == "train diffusion" and config.num_validation_prompts:
+        extra["evaluate"] = partial(_diffusion_accuracy, config)
     try:
         result = train(config, progress=output.bar(), **extra)
     except KeyboardInterrupt as error:
@@ -77,9 +88,7 @@ def _prompt_accuracy(
     import torch
 
     from nextscale.data.benchmark import load_benchmark
-    from nextscale.data.checker import check_batch, prompt_accuracy
     from nextscale.data.detector import MIN_SIDE
-    from nextscale.data.images import to_uint8
     from nextscale.pipeline import NextScalePipeline, resolve_dtype
 
     small = min(tokenizer.resolution) < MIN_SIDE  # too small for the checker
@@ -90,6 +99,29 @@ def _prompt_accuracy(
     with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
         pipe = NextScalePipeline(tokenizer, model, config.generation)
         images = pipe(captions, seed=0, batch_size=50, output_type="pt").images
+    return _checked(images, captions)
+
+
+def _diffusion_accuracy(
+    config: Any, draw: Callable[[Sequence[str]], Tensor], step: int
+) -> dict[str, float]:
+    """The same of a diffusion model, and the mean share of statements that hold."""
+    from nextscale.data.benchmark import load_benchmark
+    from nextscale.data.detector import MIN_SIDE
+    from nextscale.eval.scorers import checker_statements
+
+    if config.resolution < MIN_SIDE or not config.grammar:
+        return {}
+    captions = load_benchmark("standard")[: config.num_validation_prompts]
+    images = draw(captions)
+    statements = checker_statements(images, captions).mean().item()
+    return {**_checked(images, captions), "prompt_statements": statements}
+
+
+def _checked(images: Tensor, captions: list[str]) -> dict[str, float]:
+    from nextscale.data.checker import check_batch, prompt_accuracy
+    from nextscale.data.images import to_uint8
+
     pixels = to_uint8(images).permute(0, 2, 3, 1).numpy()
     figures = prompt_accuracy(check_batch(pixels, captions))
     kinds = {f"prompt_{k}": v["accuracy"] for k, v in figures["kinds"].items()}

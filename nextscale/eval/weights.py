@@ -17,9 +17,9 @@ class WeightFile:
     Attributes:
         names: File names that are accepted.
         urls: Public sources.
-        sha256: First digits of the file's hash; each of the public files carries them in its name.
+        sha256: First digits of the file's hash.
         variable: Environment variable that holds a path.
-        flag: Option that holds a path.
+        flag: Option that holds a path, or as what a path is given: "pickscore:FILE".
     """
 
     names: tuple[str, ...]
@@ -37,7 +37,7 @@ class HubFile:
         repo: Such as "timm/vit_base_patch32_clip_224.openai".
         name: Of the file.
         variable: Environment variable that holds a path.
-        flag: Option that holds a path.
+        flag: Option that holds a path, or as what a path is given: "pickscore:FILE".
     """
 
     repo: str
@@ -67,6 +67,26 @@ ALEXNET = WeightFile(
     sha256="7be5be79",
     variable="NEXTSCALE_ALEXNET",
     flag="--lpips_weights",
+)
+PICKSCORE = HubFile(
+    "yuvalkirstain/PickScore_v1", "model.safetensors", "NEXTSCALE_PICKSCORE", "pickscore:FILE"
+)
+PICKSCORE_CONFIG = HubFile(
+    PICKSCORE.repo, "config.json", "NEXTSCALE_PICKSCORE_CONFIG", "pickscore:FILE"
+)
+HPSV2 = HubFile("xswu/HPSv2", "HPS_v2.1_compressed.pt", "NEXTSCALE_HPSV2", "hpsv2:FILE")
+IMAGEREWARD = HubFile(
+    "THUDM/ImageReward", "ImageReward.pt", "NEXTSCALE_IMAGEREWARD", "imagereward:FILE"
+)
+AESTHETIC = WeightFile(
+    names=("sac+logos+ava1-l14-linearMSE.pth",),
+    urls=(
+        "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/"
+        "sac%2Blogos%2Bava1-l14-linearMSE.pth",
+    ),
+    sha256="21dd590f",
+    variable="NEXTSCALE_AESTHETIC",
+    flag="aesthetic:FILE",
 )
 
 
@@ -108,9 +128,13 @@ def find_weights(
     raise UserError(
         f"the weights {file.names[0]} (SHA-256 {file.sha256}...) are not on this machine: not in "
         f"{folders[0]} nor {folders[1]}. Get them from {' or '.join(file.urls)} and pass "
-        f"{file.flag} FILE or set {file.variable}; with a network, --download fetches them.",
+        f"{_option(file)} or set {file.variable}; with a network, --download fetches them.",
         exit_code=1,
     )
+
+
+def _option(file: WeightFile | HubFile) -> str:
+    return file.flag if file.flag.endswith("FILE") else f"{file.flag} FILE"
 
 
 def _from_hub(file: HubFile, download: bool) -> Path:
@@ -123,7 +147,7 @@ def _from_hub(file: HubFile, download: bool) -> Path:
         what = "could not be downloaded" if download else "are not on this machine"
         raise UserError(
             f"the weights {file.name} of {file.repo} {what} (looked in {constants.HF_HUB_CACHE}). "
-            f"Get them from https://huggingface.co/{file.repo} and pass {file.flag} FILE or set "
+            f"Get them from https://huggingface.co/{file.repo} and pass {_option(file)} or set "
             f"{file.variable}; with a network, --download fetches them.",
             exit_code=1,
         ) from error
@@ -144,7 +168,7 @@ def _download(file: WeightFile, folder: Path) -> Path:
     except (URLError, RuntimeError, TimeoutError) as error:
         raise UserError(
             f"{file.urls[0]} could not be downloaded ({error}). Fetch it elsewhere and pass "
-            f"{file.flag} FILE.",
+            f"{_option(file)}.",
             exit_code=1,
         ) from error
     return target

@@ -26,6 +26,7 @@ from nextscale.training.session import (
     Losses,
     Modules,
     Session,
+    Stateful,
     Sums,
     bare,
     open_accelerator,
@@ -66,6 +67,8 @@ def fit(
     ema: Collection[str] | None = None,
     validate: Callable[[Modules, int], Mapping[str, float]] | None = None,
     after_step: Callable[[Modules, int], None] | None = None,
+    stop: Callable[[], bool] | None = None,
+    state: Stateful | None = None,
     find_unused_parameters: bool = False,
     progress: bool = True,
 ) -> FitResult:
@@ -89,6 +92,8 @@ def fit(
         validate: (unwrapped modules in eval mode, averaged where there is an average; step) ->
             metrics; on every process, without gradients. The main process's values are logged.
         after_step: (unwrapped modules, steps done), after each optimizer step and EMA update.
+        stop: Asked after each validation; True ends the run there, alike on every process.
+        state: What else a resumed run needs, kept in the checkpoint as JSON.
         find_unused_parameters: Some steps leave trainable parameters out of the loss; without this
             DDP would wait for their gradients.
         progress: Show a bar if stderr is a terminal.
@@ -104,8 +109,9 @@ def fit(
     try:
         with torch.random.fork_rng(devices=devices):
             run = prepare(config, accelerator, modules, optimizers, losses, ema, dataset_size)
+            run.state = state
             start(run, resume)
-            _train(run, load_batch, validate, after_step, progress)
+            _train(run, load_batch, validate, after_step, stop, progress)
         accelerator.end_training()
     finally:
         release(accelerator, modules)
@@ -119,6 +125,7 @@ def _train(
     load_batch: LoadBatch,
     validate: Callable[[Modules, int], Mapping[str, float]] | None,
     after_step: Callable[[Modules, int], None] | None,
+    stop: Callable[[], bool] | None,
     progress: bool,
 ) -> None:
     config, accelerator = run.config, run.accelerator
@@ -163,6 +170,11 @@ def _train(
                 _save(run)
             if validate is not None and (last or _due(run.step, config.validation_steps)):
                 _validate(run, validate)
+                if stop is not None and stop():
+                    if run.last_checkpoint != _folder(run):
+                        _save(run)
+                    logger.info("stopped by the run's own monitor at step %d", run.step)
+                    break
             if out_of_time:
                 logger.info("stopped after max_train_minutes at step %d", run.step)
                 break
@@ -290,7 +302,7 @@ def _write(run: Session, values: Mapping[str, float]) -> None:
 
 def _save(run: Session) -> None:
     config, accelerator = run.config, run.accelerator
-    folder = Path(config.output_dir, "checkpoints", f"step_{run.step:08d}")
+    folder = _folder(run)
     scaler = accelerator.scaler
     state = {
         "step": run.step,
@@ -300,6 +312,7 @@ def _save(run: Session) -> None:
         "global_batch_size": global_batch_size(config, accelerator.num_processes),
         "sums": _all_sums(run),
         "scaler": None if scaler is None else scaler.state_dict(),
+        "own": None if run.state is None else run.state.state_dict(),
     }
     plain = {n: getattr(o, "optimizer", o) for n, o in run.optimizers.items()}
     main = accelerator.is_main_process
@@ -308,6 +321,10 @@ def _save(run: Session) -> None:
         checkpoint.delete_old_checkpoints(config.output_dir, config.checkpoints_total_limit)
     run.last_checkpoint = folder
     accelerator.wait_for_everyone()
+
+
+def _folder(run: Session) -> Path:
+    return Path(run.config.output_dir, "checkpoints", f"step_{run.step:08d}")
 
 
 def _all_sums(run: Session) -> Sums:

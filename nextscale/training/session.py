@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,18 @@ Losses = Callable[[Modules, Any, int], Iterator[tuple[str, Tensor, Mapping[str, 
 Sums = dict[str, list[float]]  # metric -> [sum, count]
 
 
+class Stateful(Protocol):
+    """Something whose state belongs into a checkpoint, as JSON."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers, texts, lists and dicts of them."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        ...
+
+
 @dataclass
 class Session:
     """What the parts of the loop share, and where the run stands."""
@@ -50,6 +62,7 @@ class Session:
     sums: Sums = field(default_factory=dict)
     last_checkpoint: Path | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    state: Stateful | None = None
 
 
 def bare(module: nn.Module) -> nn.Module:
@@ -193,6 +206,8 @@ def start(run: Session, resume: Path | None) -> None:
         # They are sums over all processes, so only one may carry them on.
         run.sums = state["sums"] if accelerator.is_main_process else {}
         run.last_checkpoint = resume
+        if run.state is not None and state.get("own") is not None:
+            run.state.load_state_dict(state["own"])
         if accelerator.scaler is not None and state["scaler"]:
             accelerator.scaler.load_state_dict(state["scaler"])
         for name, value in geometry.items():

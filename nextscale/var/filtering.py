@@ -63,12 +63,16 @@ class ImageDraws:
     depend on the batch it is in, nor on the device.
 
     Args:
-        seeds: One per image.
+        seeds: One per image; or CPU generators, which are then the streams.
         lengths: Tokens per scale.
     """
 
-    def __init__(self, seeds: Sequence[int], lengths: Sequence[int]) -> None:
-        self._generators = [image_stream(seed) for seed in seeds]
+    def __init__(
+        self, seeds: Sequence[int] | Sequence[torch.Generator], lengths: Sequence[int]
+    ) -> None:
+        self._generators = [
+            seed if isinstance(seed, torch.Generator) else image_stream(seed) for seed in seeds
+        ]
         rows = [torch.rand(sum(lengths), generator=g) for g in self._generators]
         self._uniforms = torch.stack(rows).split(list(lengths), dim=1)
 

@@ -151,6 +151,7 @@ def sample(
     negative: Condition | None = None,
     forcing: Forcing | None = None,
     prefix: Int[Tensor, "b p"] | None = None,
+    branches: int = 1,
     hooks: BlockHooks | None = None,
 ) -> Iterator[ScaleStep]:
     """Decode scale by scale (VAR, arXiv 2404.02905, section 3).
@@ -169,6 +170,9 @@ def sample(
         negative: Condition of the guidance's other side; None: the null condition.
         forcing: Tokens that replace drawn ones.
         prefix: Tokens of the first scales; decoding starts after them, from one masked pass.
+        branches: Continue each row so many times, siblings one after the other: the prefix is
+            computed once per row and its cache repeated. Seeds, draw and forcing have
+            b * branches rows, and so have the steps.
         hooks: Control.
 
     Yields:
@@ -181,8 +185,8 @@ def sample(
         )
     batch, scales = len(condition.pooled), schedule.num_scales
     if draw is None:
-        if seeds is None or len(seeds) != batch:
-            raise UserError(f"pass draw, or one seed for each of the {batch} images")
+        if seeds is None or len(seeds) != batch * branches:
+            raise UserError(f"pass draw, or one seed for each of the {batch * branches} images")
         draw = ImageDraws(seeds, schedule.lengths)
     guidance, temperatures = config.guidance(scales), config.temperatures(scales)
     # Unconditional rows are computed up to the last scale whose guidance needs them.
@@ -199,6 +203,13 @@ def sample(
     if prefix is not None:
         state = _run_prefix(model, tokenizer, prepared, cache, prefix, f_hat, hooks)
         begin, f_hat, inputs = state
+    if branches > 1:
+        batch *= branches
+        rows = torch.arange(len(prepared.start), device=model.device).repeat_interleave(branches)
+        prepared = prepared[rows]  # conditional rows first, then unconditional ones, as before
+        cache.select(rows)
+        f_hat = f_hat.repeat_interleave(branches, 0)
+        inputs = None if inputs is None else inputs.repeat_interleave(branches, 0)
     for k in range(begin, scales):
         if k > last_guided and len(prepared.start) > batch:
             prepared = prepared[slice(0, batch)]

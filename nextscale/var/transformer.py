@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nextscale import storage
 from nextscale.errors import UserError
@@ -72,6 +74,7 @@ class NextScaleTransformer(nn.Module):
         self.head_modulation = nn.Linear(width, 2 * width)
         self.head = nn.Linear(width, config.codebook_size)
         self.backend: Backend = "sdpa"
+        self.gradient_checkpointing = False  # compute activations again in the backward pass
         self.register_buffer("_scale_index", schedule.scale_index(), persistent=False)
         self.register_buffer("_mask", self.attention_mask(), persistent=False)
 
@@ -159,7 +162,9 @@ class NextScaleTransformer(nn.Module):
         for i, block in enumerate(self.blocks):
             if hooks is not None:
                 x = hooks.before_block(i, where, x)
-            x = block(
+            again = self.gradient_checkpointing and torch.is_grad_enabled() and cache is None
+            run = partial(checkpoint, block, use_reentrant=False) if again else block
+            x = run(
                 x,
                 prepared,
                 mask=mask,

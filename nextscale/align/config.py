@@ -1,0 +1,149 @@
+"""What a run of `nextscale align` is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from nextscale.align.methods.dpo import DPOConfig
+from nextscale.align.methods.grpo import GRPOConfig
+from nextscale.align.methods.raft import RAFTConfig
+from nextscale.errors import UserError, require
+from nextscale.training import TrainingConfig
+
+METHOD_NAMES = ("grpo", "dpo", "raft")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionSettings:
+    """How a diffusers pipeline draws rollouts."""
+
+    num_inference_steps: int = 20
+    """Denoising steps of a rollout."""
+    eta: float = 1.0
+    """Noise of DDIM steps in rollouts, (0, 1]."""
+    noise_level: float = 0.7
+    """Noise of flow-matching steps in rollouts (Flow-GRPO's a)."""
+    logp_reduction: str = "mean"
+    """mean or sum over latent dimensions; clip ranges depend on it."""
+    eval_steps: int | None = None
+    """Steps of the deterministic sampler that the report measures; None: num_inference_steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignConfig(TrainingConfig):
+    """Settings of `nextscale align`; `train_batch_size` counts examples (samples, or pairs)."""
+
+    method: str = "grpo"
+    """grpo, dpo or raft; its settings are in the section of its name."""
+    model: str = "scenes"
+    """A next-scale model (bundled name, folder, hub id) or a diffusers pipeline (folder or id)."""
+    prompts: tuple[str, ...] = ("scenes:standard",)
+    """What is drawn: scenes:standard, scenes:hard, classes, or .txt and .jsonl files, in turns."""
+    pairs: str | None = None
+    """DPO on given pairs instead of rollouts: a .jsonl of {"prompt" or "class_label", "chosen",
+    "rejected"}, the last two paths of pictures, relative to the file."""
+    reward_funcs: tuple[str, ...] = ("checker",)
+    """Rewards by name, see `nextscale align --help` and docs/align.md."""
+    reward_weights: tuple[float, ...] = ()
+    """One per reward; empty: all 1."""
+    held_out_rewards: tuple[str, ...] = ()
+    """Rewards that are only watched: the run stops when they fall while the reward rises."""
+    held_out_patience: int = 3
+    """Validations in a row after which it stops."""
+
+    num_prompts: int = 16
+    """Prompts per rollout, over all processes."""
+    num_generations: int = 8
+    """Samples per prompt, the group."""
+    num_train_prompts: int | None = None
+    """Groups of a rollout to train on, those whose rewards differ first; None: all."""
+    num_iterations: int = 1
+    """Passes over a rollout before the next one."""
+    recompute_old_logps: bool | None = None
+    """Judge rollouts once more in the precision of training, so that the first ratio is 1; None: if
+    that is not float32."""
+    rollout_batch_size: int = 64
+    """Samples drawn at once per process."""
+
+    guidance_scale: float | None = None
+    """Guidance of rollouts; None: the model's default."""
+    temperature: float | None = None
+    """Temperature of rollouts (next-scale models); None: the model's default."""
+    top_k: int = 0
+    """Filter of rollouts; 0 is off, as policy gradients need it."""
+    top_p: float = 1.0
+    """Filter of rollouts; 1.0 is off, as policy gradients need it."""
+    logp_space: str = "guided"
+    """Which distribution is the policy: guided, conditional or behaviour."""
+    diffusion: DiffusionSettings = field(default_factory=DiffusionSettings)
+    """How a diffusers pipeline draws rollouts."""
+
+    download: bool = False
+    """Fetch the weights of reward models that are nowhere on this machine."""
+
+    lora_rank: int = 0
+    """Train a LoRA of this rank instead of all weights; 0 = off."""
+    lora_alpha: float | None = None
+    """LoRA scale is alpha / rank; None: alpha = rank."""
+    lora_target_modules: tuple[str, ...] = ()
+    """Layers that get a LoRA; empty: all projections of attention and feed-forward."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, more time."""
+
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
+    """Settings of GRPO."""
+    dpo: DPOConfig = field(default_factory=DPOConfig)
+    """Settings of DPO."""
+    raft: RAFTConfig = field(default_factory=RAFTConfig)
+    """Settings of RAFT."""
+
+    eval_prompts: tuple[str, ...] = ("benchmark:standard",)
+    """What the report draws before and after, with equal seeds."""
+    num_eval_prompts: int = 100
+    """Prompts of the report, the first of each source; 0: no report."""
+    num_eval_images: int = 4
+    """Pictures per prompt of the report."""
+    num_validation_prompts: int = 32
+    """Prompts that a validation draws, one picture each; 0 = off."""
+    eval_reference: str | None = None
+    """True pictures for the report's Fréchet distance: a folder or .npz, or scenes; None: scenes
+    for models with its grammar, else none."""
+    eval_features: str | None = None
+    """Network of the report's Fréchet distance and diversity: scenes-features, a folder of `train
+    features`, or inception (its weights are looked for as `nextscale eval` does); None:
+    scenes-features for models with the scenes grammar, else none."""
+
+    learning_rate: float = 1e-5
+    """Peak learning rate."""
+    weight_decay: float = 0.0
+    """Weight decay at the first step."""
+    max_grad_norm: float | None = 1.0
+    """Clip the global gradient norm; None: off."""
+    use_ema: bool = False
+    """Keep an exponential moving average of the weights, which is then the result."""
+    adam_beta2: float = 0.99
+    """AdamW's decay of the squared gradient mean."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = self.method in METHOD_NAMES
+        require("method", self.method, known, f"be one of {', '.join(METHOD_NAMES)}")
+        positive = (
+            *("num_prompts", "num_generations", "num_iterations", "rollout_batch_size"),
+            *("num_train_prompts", "num_eval_images", "held_out_patience"),
+        )
+        for name in positive:
+            value = getattr(self, name)
+            require(name, value, value is None or value > 0, "be above 0")
+        for name in ("num_eval_prompts", "num_validation_prompts", "lora_rank"):
+            require(name, getattr(self, name), getattr(self, name) >= 0, "be 0 or more")
+        if self.num_generations < 2 and self.pairs is None:
+            raise UserError(
+                f"num_generations is {self.num_generations}: a group of one has nothing to be "
+                "compared with. Use 4 or more"
+            )
+        if self.pairs is not None and self.method != "dpo":
+            raise UserError(f"pairs are for method dpo, not {self.method}")
+        most = self.num_train_prompts or self.num_prompts
+        limit = f"be at most num_prompts {self.num_prompts}"
+        require("num_train_prompts", most, most <= self.num_prompts, limit)

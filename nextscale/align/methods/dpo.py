@@ -1,0 +1,161 @@
+"""DPO on samples of the policy itself: the best of a group against the worst, or on given pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from nextscale.align.experience import Experience, Rollout, sample_streams
+from nextscale.align.methods.method import Loss, grouped, total_reward
+from nextscale.align.objectives.dpo import DIVERGENCES, LOSS_TYPES, dpo_loss, dpo_metrics
+from nextscale.align.trajectory import Policy, Trajectory
+from nextscale.align.units import scale_weights
+from nextscale.errors import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOConfig:
+    """Settings of DPO; names and defaults as in trl 1.16."""
+
+    loss_type: str = "sigmoid"
+    """sigmoid, sigmoid_norm, hinge, ipo, robust, exo_pair, nca_pair, bco_pair, sppo_hard,
+    apo_zero, apo_down or sft."""
+    beta: float = 0.1
+    """Pull towards the reference. With the noised surrogate of diffusion 5000: its scores are
+    -0.5 times a mean squared error (without the 0.5, as in diffusers' script, this is 2500)."""
+    f_divergence_type: str = "reverse_kl"
+    """reverse_kl, forward_kl, js_divergence or alpha_divergence."""
+    f_alpha_divergence_coef: float = 0.5
+    """alpha of alpha_divergence."""
+    label_smoothing: float = 0.0
+    """Share of pairs that are the wrong way round."""
+    rpo_alpha: float = 0.0
+    """RPO: weight of -log pi(chosen) beside the preference loss."""
+    margin: float = 0.0
+    """Smallest difference of rewards in a pair of an online rollout."""
+    score: Literal["pair", "policy"] = "pair"
+    """What the likelihoods are: pair: without guidance, exact for next-scale models and a noised
+    surrogate for diffusion; policy: what the policy draws from, guidance included, per step."""
+    scale_weight: str = "scale"
+    """Weight of tokens (pair scores of next-scale models): token, scale or power; see GRPO. Sums
+    over hundreds of tokens would saturate the loss."""
+    scale_weight_alpha: float = 0.5
+    """Exponent of power."""
+
+    def __post_init__(self) -> None:
+        choices = {
+            "loss_type": LOSS_TYPES,
+            "f_divergence_type": DIVERGENCES,
+            "score": ("pair", "policy"),
+            "scale_weight": ("token", "scale", "power"),
+        }
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            require(f"dpo.{name}", value, value in allowed, f"be one of {', '.join(allowed)}")
+        require("dpo.beta", self.beta, self.beta > 0, "be above 0")
+        require("dpo.margin", self.margin, self.margin >= 0, "be 0 or more")
+
+
+class DPO:
+    """`dpo_loss` on pairs of samples.
+
+    Args:
+        settings: See there.
+        policy: What is trained.
+        reward_weights: One per reward.
+    """
+
+    needs_reference = True
+
+    def __init__(
+        self, settings: DPOConfig, policy: Policy, reward_weights: Sequence[float]
+    ) -> None:
+        self.settings, self.policy, self.reward_weights = settings, policy, list(reward_weights)
+        self.weights = scale_weights(
+            policy.units, settings.scale_weight, settings.scale_weight_alpha
+        )
+
+    def items_per_group(self, num_generations: int) -> int:
+        """One pair."""
+        return 1
+
+    def branch(self) -> None:
+        """Samples of a group are independent."""
+        return None
+
+    def learn(self, rollout: Rollout) -> Experience:
+        """The best and the worst of each group; a pair within the margin has weight 0."""
+        total = grouped(total_reward(rollout.rewards, self.reward_weights), rollout.groups)
+        best = total.nan_to_num(-torch.inf).argmax(1)
+        worst = total.nan_to_num(torch.inf).argmin(1)
+        first = torch.arange(len(total), device=total.device) * total.shape[1]
+        gap = total.gather(1, best[:, None]) - total.gather(1, worst[:, None])
+        used = (gap[:, 0] > self.settings.margin).to(total)  # False for NaN
+        items = torch.stack([first + best, first + worst], dim=1)
+        return Experience(rollout, items, used, metrics={"pairs/used": float(used.mean())})
+
+    def losses(
+        self, experience: Experience, examples: Int[Tensor, " n"], step: int, network: nn.Module
+    ) -> Iterator[Loss]:
+        """`dpo_loss` of some pairs."""
+        pairs = experience.items[examples]
+        trajectory = experience.rollout.trajectory.index(pairs.T.flatten())
+        streams = [*experience.rollout.key, step]
+        generators = sample_streams(tuple(streams), examples.tolist() * 2)
+        yield self.pair_loss(trajectory, generators, network, experience.weights[examples])
+
+    def pair_loss(
+        self,
+        trajectory: Trajectory,
+        generators: Sequence[torch.Generator],
+        network: nn.Module,
+        weight: Float[Tensor, " n"] | None = None,
+    ) -> Loss:
+        """The loss of a trajectory whose first half is chosen and whose second half rejected.
+
+        Args:
+            trajectory: 2 n samples.
+            generators: 2 n; pair i has equal ones at i and n + i.
+            network: The wrapped module of the training loop.
+            weight: Of each pair.
+        """
+        logp, ref_logp, mask = self._scores(trajectory, generators, network)
+        chosen, rejected = logp.chunk(2)
+        ref_chosen, ref_rejected = ref_logp.chunk(2)
+        sides = (chosen, rejected, ref_chosen, ref_rejected, *mask.chunk(2))
+        settings = self.settings
+        loss = dpo_loss(
+            *sides,
+            loss_type=settings.loss_type,
+            beta=settings.beta,
+            f_divergence_type=settings.f_divergence_type,
+            f_alpha_divergence_coef=settings.f_alpha_divergence_coef,
+            label_smoothing=settings.label_smoothing,
+            rpo_alpha=settings.rpo_alpha,
+            weight=weight,
+        )
+        return loss, dpo_metrics(*sides, beta=settings.beta, weight=weight)
+
+    def _scores(
+        self, trajectory: Trajectory, generators: Sequence[torch.Generator], network: nn.Module
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-likelihoods under policy and reference, and the units' weights, [2 n, U] each."""
+        if self.settings.score == "policy":
+            ev = self.policy.evaluate(trajectory, need=("logp", "ref_logp"), network=network)
+            assert ev.ref_logp is not None
+            mask = ev.mask.to(ev.logp) * self.weights.to(ev.logp)[ev.unit]
+            return ev.logp, ev.ref_logp, mask
+        # Equal streams for policy and reference: they must see the same noise.
+        states = [generator.get_state() for generator in generators]
+        logp, mask = self.policy.pair_score(trajectory, generators=generators, network=network)
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+        ref_logp, _ = self.policy.pair_score(trajectory, generators=generators, reference=True)
+        if logp.shape[1] == len(self.weights):
+            mask = mask * self.weights.to(mask)
+        return logp, ref_logp, mask

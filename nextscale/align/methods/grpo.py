@@ -1,0 +1,362 @@
+"""GRPO: groups of samples of one prompt, each judged against its siblings.
+
+What is different on next-scale models: units are tokens whose scales differ in size by two orders
+of magnitude (`scale_weight`), a coarse scale can be judged by several completions of it
+(`credit=vmr`), and tokens can be weighted by where they lie (`token_mask`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from nextscale.align.advantages import (
+    AGGREGATIONS,
+    SCALES,
+    combined_advantages,
+    group_advantages,
+    informative,
+    soft_mean,
+)
+from nextscale.align.experience import Experience, Rollout
+from nextscale.align.methods.method import Loss, total_reward
+from nextscale.align.objectives.grpo import LEVELS, LOSS_TYPES, aggregate, grpo_loss, grpo_metrics
+from nextscale.align.objectives.kl import k2
+from nextscale.align.trajectory import Policy, StepEval
+from nextscale.align.units import scale_weights
+from nextscale.errors import UserError, require
+from nextscale.streams import stream
+
+KL_ESTIMATORS = ("k1", "k2", "k3", "exact")
+TokenMask = Callable[[Float[Tensor, "b 3 H W"], Sequence[str | int]], Float[Tensor, "b u"]]
+"""Pictures in [0, 1] and their prompts -> weight of every unit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPOConfig:
+    """Settings of GRPO; names and defaults as in trl 1.16 but for `loss_type`."""
+
+    loss_type: str = "grpo"
+    """grpo, bnpo, dapo, dr_grpo, cispo, sapo, luspo or vespo."""
+    importance_sampling_level: str = "token"
+    """token, or sequence: one ratio per sample (GSPO)."""
+    epsilon: float = 0.2
+    """Clip range of the ratio. For diffusion with log-probabilities averaged over dimensions, 1e-4:
+    0.2 would never clip."""
+    epsilon_high: float | None = None
+    """Upper clip range; None: epsilon. DAPO: 0.28."""
+    delta: float | None = None
+    """Two-sided clip: cap of the ratio of bad samples, above 1 + epsilon_high."""
+    beta: float = 0.0
+    """Weight of the KL divergence from the reference."""
+    kl_estimator: str = "k3"
+    """k3 (trl), k2, exact (the full sum or closed form), or k1 in the reward."""
+    use_bias_correction_kl: bool = True
+    """Multiply k3 by the importance ratio."""
+    scale_rewards: str = "group"
+    """Divide advantages by the deviation of the group, of the batch, or none (Dr. GRPO)."""
+    multi_objective_aggregation: str = "sum_then_normalize"
+    """Or normalize_then_sum (GDPO), for rewards on different scales."""
+    std_ddof: int = 1
+    """1: unbiased deviation (trl); 0: population (DDPO, Flow-GRPO)."""
+    std_eps: float = 1e-4
+    """Added to deviations."""
+    advantage_clip: float | None = None
+    """Clamp advantages to this; 5 in DDPO and its successors."""
+    entropy_coef: float = 0.0
+    """Weight of an entropy bonus (categorical policies)."""
+    top_entropy_quantile: float = 1.0
+    """Only this share of a micro-batch's tokens, those of highest entropy, count; 1: all."""
+
+    scale_weight: str = "token"
+    """Weight of tokens: token (1), scale (1 / n_k, each scale is one action) or power (n_k^-a)."""
+    scale_weight_alpha: float = 0.5
+    """a of power."""
+    scale_weights: tuple[float, ...] = ()
+    """Weights per scale (or denoising step) instead; empty: as scale_weight says."""
+    credit: Literal["trajectory", "vmr"] = "trajectory"
+    """trajectory: one advantage for all scales. vmr: scales before `vmr_scale` are judged by the
+    soft mean over `vmr_samples` completions, the later ones by their own reward."""
+    vmr_scale: int = 3
+    """First scale (or step) of the suffix."""
+    vmr_samples: int = 2
+    """Completions per prefix; a group then has num_generations x vmr_samples samples."""
+    vmr_temperature: float = 1.0
+    """tau of V = tau log mean exp(r / tau)."""
+    vmr_alternate: bool = False
+    """Train prefix and suffix in alternate rollouts instead of together."""
+
+    chunk_steps: int | None = None
+    """Denoising steps per forward and backward pass; None: 1 for diffusion. Next-scale
+    transformers judge all scales in one pass."""
+    step_fraction: float = 1.0
+    """Share of the denoising steps that each optimizer step trains, drawn at random."""
+
+    def __post_init__(self) -> None:
+        choices = {
+            "loss_type": LOSS_TYPES,
+            "importance_sampling_level": LEVELS,
+            "kl_estimator": KL_ESTIMATORS,
+            "scale_rewards": SCALES,
+            "multi_objective_aggregation": AGGREGATIONS,
+            "scale_weight": ("token", "scale", "power"),
+            "credit": ("trajectory", "vmr"),
+        }
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            require(f"grpo.{name}", value, value in allowed, f"be one of {', '.join(allowed)}")
+        for name in ("epsilon", "vmr_samples", "vmr_temperature"):
+            require(f"grpo.{name}", getattr(self, name), getattr(self, name) > 0, "be above 0")
+        for name in ("beta", "entropy_coef"):
+            require(f"grpo.{name}", getattr(self, name), getattr(self, name) >= 0, "be 0 or more")
+        for name in ("top_entropy_quantile", "step_fraction"):
+            value = getattr(self, name)
+            require(f"grpo.{name}", value, 0 < value <= 1, "lie in (0, 1]")
+
+
+class GRPO:
+    """The policy gradient of `grpo_loss` on groups of samples.
+
+    Args:
+        settings: See there.
+        policy: What is trained.
+        reward_weights: One per reward.
+        token_mask: Further weights of units, from the pictures; None: all count.
+
+    Raises:
+        UserError: For settings that do not fit the policy.
+    """
+
+    def __init__(
+        self,
+        settings: GRPOConfig,
+        policy: Policy,
+        reward_weights: Sequence[float],
+        token_mask: TokenMask | None = None,
+    ) -> None:
+        self.settings, self.policy, self.reward_weights = settings, policy, list(reward_weights)
+        self.token_mask = token_mask
+        self.needs_reference = settings.beta > 0
+        given = settings.scale_weights or settings.scale_weight
+        self.weights = scale_weights(policy.units, given, settings.scale_weight_alpha)
+        gaussian = policy.kind == "gaussian"
+        if gaussian and (settings.entropy_coef or settings.top_entropy_quantile < 1):
+            raise UserError("entropy settings are for next-scale models; set entropy_coef 0")
+        self.chunk = settings.chunk_steps or (1 if gaussian else policy.num_steps)
+        if self.chunk < policy.num_steps and settings.importance_sampling_level == "sequence":
+            raise UserError(
+                "importance_sampling_level sequence needs all steps at once; set grpo.chunk_steps "
+                f"{policy.num_steps}"
+            )
+        if settings.credit == "vmr":
+            last = policy.num_steps - 1
+            fits = 0 < settings.vmr_scale <= last
+            require("grpo.vmr_scale", settings.vmr_scale, fits, f"lie in [1, {last}]")
+
+    def items_per_group(self, num_generations: int) -> int:
+        """Every sample is an example."""
+        vmr = self.settings.credit == "vmr"
+        return num_generations * (self.settings.vmr_samples if vmr else 1)
+
+    def branch(self) -> tuple[int, int] | None:
+        """For credit=vmr, `vmr_samples` completions from `vmr_scale` on."""
+        if self.settings.credit != "vmr":
+            return None
+        return self.settings.vmr_scale, self.settings.vmr_samples
+
+    # ---- from rewards to advantages ----------------------------------------------------------
+
+    def learn(self, rollout: Rollout) -> Experience:
+        """Advantages of all samples; those of groups without differences are given weight 0."""
+        total = total_reward(rollout.rewards, self.reward_weights)
+        rewards = rollout.rewards
+        if self.settings.kl_estimator == "k1" and self.settings.beta:
+            penalty = self.settings.beta * self._mean_log_ratio(rollout)
+            rewards = rewards - penalty[:, None] / max(sum(self.reward_weights), 1e-12)
+        plain = self._advantages(rewards, rollout.groups)
+        columns = {"advantages": plain, "old_logps": torch.cat(_columns(rollout), dim=1)}
+        if self.settings.credit == "vmr":
+            columns["advantages"] = self._vmr(rollout, total, plain)
+        if self.token_mask is not None:
+            conditions = [prompt.condition for prompt in rollout.prompts]
+            assert rollout.trajectory.images is not None
+            columns["mask"] = self.token_mask(rollout.trajectory.images, conditions).to(plain)
+        strength = columns["advantages"].abs()
+        strength = strength if strength.ndim == 1 else strength.amax(dim=1)
+        items = torch.arange(len(plain), device=plain.device)[:, None]
+        useful = informative(strength, rollout.groups).to(plain)
+        return Experience(rollout, items, useful, columns)
+
+    def _advantages(self, rewards: Tensor, groups: Tensor) -> Tensor:
+        settings = self.settings
+        advantages = combined_advantages(
+            rewards,
+            self.reward_weights,
+            groups,
+            multi_objective_aggregation=settings.multi_objective_aggregation,
+            scale_rewards=settings.scale_rewards,
+            std_eps=settings.std_eps,
+            std_ddof=settings.std_ddof,
+        )
+        limit = settings.advantage_clip
+        return advantages if limit is None else advantages.clamp(-limit, limit)
+
+    def _vmr(self, rollout: Rollout, total: Tensor, plain: Tensor) -> Float[Tensor, "b u"]:
+        """[B, U]: units before `vmr_scale` get their prefix's advantage, the others their own."""
+        settings, samples = self.settings, self.settings.vmr_samples
+        values = soft_mean(total.view(-1, samples), settings.vmr_temperature)
+        prefixes = group_advantages(
+            values,
+            rollout.groups[::samples],
+            scale_rewards=settings.scale_rewards,
+            std_eps=settings.std_eps,
+            std_ddof=settings.std_ddof,
+        ).repeat_interleave(samples)
+        step = _unit_steps(self.policy).to(plain.device)
+        early = (step < settings.vmr_scale)[None]
+        advantages = torch.where(early, prefixes[:, None], plain[:, None])
+        if settings.vmr_alternate:
+            of_prefix = rollout.key[1] % 2 == 0
+            advantages = torch.where(early == of_prefix, advantages, 0.0)
+        return advantages
+
+    @torch.no_grad()
+    def _mean_log_ratio(self, rollout: Rollout) -> Float[Tensor, " b"]:
+        """k1 = log pi - log ref of each sample, mean over units."""
+        ev = self.policy.evaluate(rollout.trajectory, need=("logp", "ref_logp"))
+        assert ev.ref_logp is not None
+        mask = self._mask(ev)
+        return ((ev.logp - ev.ref_logp) * mask).sum(1) / mask.sum(1)
+
+    # ---- loss --------------------------------------------------------------------------------
+
+    def losses(
+        self, experience: Experience, examples: Int[Tensor, " n"], step: int, network: nn.Module
+    ) -> Iterator[Loss]:
+        """`grpo_loss` of some samples, one part per chunk of denoising steps."""
+        rows = experience.items[examples, 0]
+        trajectory = experience.rollout.trajectory.index(rows)
+        weight = experience.weights[examples]
+        own = {name: column[rows] for name, column in experience.columns.items()}
+        steps = self._steps(trajectory.stochastic, experience.rollout.key, step)
+        chunks = [steps[i : i + self.chunk] for i in range(0, len(steps), self.chunk)]
+        # Sum of the weights of a sample, over the whole rollout: the same for every micro-batch.
+        each = self._step_weights(experience, steps).mean(0).sum()
+        for chunk in chunks:
+            ev = self.policy.evaluate(trajectory, chunk, need=self._need(), network=network)
+            mask = self._mask(ev, own.get("mask"))
+            loss, metrics = self._loss(ev, own, mask, weight, each * len(rows))
+            # The chunk's share, so that averages over chunks add up to the average over steps.
+            share = len(chunk) / len(steps) if len(chunks) > 1 and self._averaged() else 1.0
+            yield loss * share, metrics
+
+    def _loss(
+        self, ev: StepEval, own: dict[str, Tensor], mask: Tensor, weight: Tensor, normalizer: Tensor
+    ) -> Loss:
+        settings = self.settings
+        # Without them the weights are still those that drew the samples.
+        old = own["old_logps"][:, ev.unit] if "old_logps" in own else ev.logp.detach()
+        advantages = own["advantages"]
+        advantages = advantages[:, None] if advantages.ndim == 1 else advantages[:, ev.unit]
+        advantages = (advantages * weight[:, None]).expand_as(ev.logp)
+        k3 = settings.beta if settings.kl_estimator == "k3" else 0.0
+        shared = {
+            "epsilon": settings.epsilon,
+            "epsilon_high": settings.epsilon_high,
+            "importance_sampling_level": settings.importance_sampling_level,
+            "use_bias_correction_kl": settings.use_bias_correction_kl,
+        }
+        total = normalizer if settings.loss_type in ("bnpo", "dapo", "cispo", "vespo") else None
+        loss = grpo_loss(
+            ev.logp,
+            old,
+            advantages,
+            mask,
+            ref_logps=ev.ref_logp,
+            loss_type=settings.loss_type,
+            delta=settings.delta,
+            beta=k3,
+            max_completion_length=sum(self.policy.units),
+            normalizer=total,
+            **shared,
+        )
+        extra = self._extra_terms(ev)
+        if extra is not None:
+            length = sum(self.policy.units)
+            loss = loss + aggregate(
+                extra, mask, settings.loss_type, max_completion_length=length, normalizer=total
+            )
+        metrics = grpo_metrics(ev.logp, old, advantages, mask, ref_logps=ev.ref_logp, **shared)
+        if ev.entropy is not None:
+            entropy = (ev.entropy.detach() * mask).sum() / mask.sum().clamp_min(1e-12)
+            metrics["entropy"] = float(entropy)
+        return loss, metrics
+
+    def _extra_terms(self, ev: StepEval) -> Tensor | None:
+        """Terms per unit that `grpo_loss` does not have: other KL forms, entropy."""
+        settings, terms = self.settings, []
+        if settings.beta and settings.kl_estimator == "exact":
+            assert ev.kl is not None
+            terms.append(settings.beta * ev.kl)
+        if settings.beta and settings.kl_estimator == "k2":
+            assert ev.ref_logp is not None
+            terms.append(settings.beta * k2(ev.logp - ev.ref_logp))
+        if settings.entropy_coef:
+            assert ev.entropy is not None
+            terms.append(-settings.entropy_coef * ev.entropy)
+        return sum(terms[1:], terms[0]) if terms else None
+
+    def _need(self) -> tuple[str, ...]:
+        need = ["logp"]
+        if self.settings.beta:
+            need.append("kl" if self.settings.kl_estimator == "exact" else "ref_logp")
+        if self.policy.kind == "categorical":
+            need.append("entropy")
+        return tuple(need)
+
+    def _mask(self, ev: StepEval, token_mask: Tensor | None = None) -> Float[Tensor, "b u"]:
+        """Weight of each unit: scale weights, token mask, highest entropies."""
+        mask = ev.mask.to(ev.logp) * self.weights.to(ev.logp)[ev.unit]
+        if token_mask is not None:
+            mask = mask * token_mask[:, ev.unit]
+        if self.settings.top_entropy_quantile < 1:
+            assert ev.entropy is not None
+            border = ev.entropy.detach().flatten().quantile(1 - self.settings.top_entropy_quantile)
+            mask = mask * (ev.entropy >= border)
+        return mask
+
+    def _step_weights(self, experience: Experience, steps: Sequence[int]) -> Float[Tensor, "b u"]:
+        """The weights of all units of these steps, of every sample."""
+        device = experience.items.device
+        chosen = torch.isin(_unit_steps(self.policy), torch.tensor(list(steps)))
+        mask = (self.weights * chosen).to(device)[None]
+        return mask * experience.columns["mask"] if "mask" in experience.columns else mask
+
+    def _averaged(self) -> bool:
+        """Whether the loss type divides by the weights that it is given."""
+        return self.settings.loss_type in ("grpo", "sapo")
+
+    def _steps(self, stochastic: Sequence[bool], key: tuple[int, int], step: int) -> list[int]:
+        """The steps to train: stochastic ones, or a random share of them."""
+        steps = [s for s in range(self.policy.num_steps) if stochastic[s]]
+        if not steps:
+            raise UserError("no step of the rollout was random, so there is nothing to train")
+        if self.settings.step_fraction == 1:
+            return steps
+        count = max(1, round(self.settings.step_fraction * len(steps)))
+        order = torch.randperm(len(steps), generator=stream(key[0], step, 11))
+        return sorted(steps[i] for i in order[:count].tolist())
+
+
+def _unit_steps(policy: Policy) -> Int[Tensor, " u"]:
+    """The step of each unit."""
+    return torch.arange(policy.num_steps).repeat_interleave(torch.tensor(policy.units))
+
+
+def _columns(rollout: Rollout) -> list[Tensor]:
+    return [logp if logp.ndim == 2 else logp[:, None] for logp in rollout.trajectory.logps]

@@ -1,0 +1,72 @@
+"""What a method decides: how to branch, what to keep of a rollout, and the loss of an example."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from nextscale.align.experience import Experience, Rollout
+from nextscale.align.trajectory import Policy
+from nextscale.errors import UserError
+
+Loss = tuple[Tensor, Mapping[str, float | Tensor]]
+
+
+class Method(Protocol):
+    """A way to learn from scored samples.
+
+    Attributes:
+        needs_reference: Whether the policy must have a reference.
+        items_per_group: Examples that one group of a rollout gives.
+    """
+
+    needs_reference: bool
+
+    def __init__(self, settings: Any, policy: Policy, reward_weights: Sequence[float]) -> None: ...
+
+    def items_per_group(self, num_generations: int) -> int:
+        """Examples that a group of a rollout gives; the data of a step are counted in these."""
+        ...
+
+    def branch(self) -> tuple[int, int] | None:
+        """Where rollouts branch, and into how many siblings; see `collect`."""
+        ...
+
+    def learn(self, rollout: Rollout) -> Experience:
+        """Choose examples, and compute what depends on the whole rollout."""
+        ...
+
+    def losses(
+        self, experience: Experience, examples: Int[Tensor, " n"], step: int, network: nn.Module
+    ) -> Iterator[Loss]:
+        """The loss of some examples, in one or more parts whose gradients add up.
+
+        Args:
+            experience: From `learn`.
+            examples: Rows of `experience.items`.
+            step: Optimizer step, for the streams of noise.
+            network: The wrapped module of the training loop.
+        """
+        ...
+
+
+def total_reward(rewards: Float[Tensor, "b k"], weights: Sequence[float]) -> Float[Tensor, " b"]:
+    """Weighted sum; NaN if any reward is."""
+    return (rewards * torch.tensor(weights, dtype=rewards.dtype, device=rewards.device)).sum(1)
+
+
+def grouped(values: Float[Tensor, " b"], groups: Int[Tensor, " b"]) -> Float[Tensor, "p g"]:
+    """One row per group, for groups of equal size that lie in a row.
+
+    Raises:
+        UserError: If they do not.
+    """
+    count = int(groups.max()) + 1
+    rows = groups.view(count, -1)
+    if not bool((rows == rows[:, :1]).all()):
+        raise UserError("the groups of a rollout must be of one size, one after the other")
+    return values.view(count, -1)

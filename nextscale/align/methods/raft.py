@@ -1,0 +1,90 @@
+"""RAFT: fine-tune on the best of each group (best-of-N fine-tuning), the baseline of all others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from nextscale.align.experience import Experience, Rollout, sample_streams
+from nextscale.align.methods.method import Loss, grouped, total_reward
+from nextscale.align.trajectory import Policy
+from nextscale.align.units import scale_weights
+from nextscale.errors import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class RAFTConfig:
+    """Settings of RAFT (arXiv 2304.06767)."""
+
+    top_k: int = 1
+    """Samples kept per group."""
+    threshold: float | None = None
+    """Keep only samples whose reward is at least this; None: any."""
+    scale_weight: str = "token"
+    """Weight of tokens: token, scale or power; see GRPO."""
+    scale_weight_alpha: float = 0.5
+    """Exponent of power."""
+
+    def __post_init__(self) -> None:
+        require("raft.top_k", self.top_k, self.top_k > 0, "be above 0")
+
+
+class RAFT:
+    """-log pi of the best samples, without guidance: exact, or the noised surrogate of diffusion.
+
+    Args:
+        settings: See there.
+        policy: What is trained.
+        reward_weights: One per reward.
+    """
+
+    needs_reference = False
+
+    def __init__(
+        self, settings: RAFTConfig, policy: Policy, reward_weights: Sequence[float]
+    ) -> None:
+        self.settings, self.policy, self.reward_weights = settings, policy, list(reward_weights)
+        self.weights = scale_weights(
+            policy.units, settings.scale_weight, settings.scale_weight_alpha
+        )
+
+    def items_per_group(self, num_generations: int) -> int:
+        """`top_k` samples."""
+        limit = f"be at most num_generations {num_generations}"
+        require("raft.top_k", self.settings.top_k, self.settings.top_k <= num_generations, limit)
+        return self.settings.top_k
+
+    def branch(self) -> None:
+        """Samples of a group are independent."""
+        return None
+
+    def learn(self, rollout: Rollout) -> Experience:
+        """The best samples of each group; equal ones in the order of drawing."""
+        settings = self.settings
+        total = grouped(total_reward(rollout.rewards, self.reward_weights), rollout.groups)
+        order = total.nan_to_num(-torch.inf).argsort(dim=1, descending=True, stable=True)
+        best = order[:, : settings.top_k]
+        kept = total.gather(1, best)
+        floor = -torch.inf if settings.threshold is None else settings.threshold
+        used = (kept >= floor).to(total).flatten()  # False for NaN
+        first = torch.arange(len(total), device=total.device)[:, None] * total.shape[1]
+        items = (first + best).flatten()[:, None]
+        return Experience(rollout, items, used, metrics={"samples/used": float(used.mean())})
+
+    def losses(
+        self, experience: Experience, examples: Int[Tensor, " n"], step: int, network: nn.Module
+    ) -> Iterator[Loss]:
+        """Mean over samples of the weighted mean over units of -log pi."""
+        rows = experience.items[examples, 0]
+        trajectory = experience.rollout.trajectory.index(rows)
+        key = (*experience.rollout.key, step)
+        generators = sample_streams(key, examples.tolist())
+        logp, mask = self.policy.pair_score(trajectory, generators=generators, network=network)
+        if logp.shape[1] == len(self.weights):
+            mask = mask * self.weights.to(mask)
+        nll = -(logp * mask).sum(1) / mask.sum(1)
+        yield (nll * experience.weights[examples]).mean(), {"nll": float(nll.detach().mean())}

@@ -1,0 +1,250 @@
+"""The two kinds of generators that can be aligned: opening, drawing for reports, saving."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nextscale import processes, storage
+from nextscale.align.config import AlignConfig
+from nextscale.align.references import AdapterOff, FrozenCopy
+from nextscale.align.trajectory import Policy
+from nextscale.errors import UserError, missing_extra
+from nextscale.pipeline import NextScalePipeline
+from nextscale.streams import image_stream
+from nextscale.training.session import resolve_precision
+from nextscale.var.lora import DEFAULT_TARGETS, add_lora, save_lora
+from nextscale.var.model_folder import save_model
+
+_DIFFUSION_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+class AlignModel(Protocol):
+    """A generator with its policy.
+
+    Attributes:
+        policy: Draws rollouts and judges them.
+        num_classes: Classes it takes; None: it takes prompts.
+        grammar: "scenes" if it takes captions of the scenes world, else None.
+        resolution: (height, width) of its pictures.
+    """
+
+    policy: Policy
+    num_classes: int | None
+    grammar: str | None
+    resolution: tuple[int, int]
+
+    def add_reference(self) -> nn.Module | None:
+        """Keep the weights as they are now, to compare with; a copy, if it takes one."""
+        ...
+
+    def draw(
+        self, network: nn.Module, conditions: Sequence[str | int], seeds: Sequence[int]
+    ) -> Float[Tensor, "b 3 H W"]:
+        """Pictures in [0, 1] on the CPU as users would draw them, by given weights."""
+        ...
+
+    def save(self, network: nn.Module, folder: Path) -> None:
+        """Write the model, or its LoRA."""
+        ...
+
+
+def open_model(config: AlignConfig) -> AlignModel:
+    """Open the model of a configuration, with a new LoRA if it asks for one.
+
+    Raises:
+        UserError: If there is no such model, or its sampler has no log-probability.
+    """
+    device = torch.device(f"cuda:{processes.local_rank()}" if torch.cuda.is_available() else "cpu")
+    folder = storage.resolve_model(config.model)
+    about = storage.read_json(folder / "model_index.json")
+    if "_class_name" in about:  # diffusers' own key
+        return DiffusionModel(config, folder, device)
+    return NextScaleModel(config, device)
+
+
+class NextScaleModel:
+    """A next-scale pipeline; see `AlignModel`."""
+
+    def __init__(self, config: AlignConfig, device: torch.device) -> None:
+        from nextscale.align.policies.next_scale import NextScalePolicy
+
+        self.config = config
+        self.pipe = NextScalePipeline.from_pretrained(config.model, device=device, dtype="float32")
+        self.pipe.tokenizer.requires_grad_(False)
+        self.pipe.transformer.gradient_checkpointing = config.gradient_checkpointing
+        self.resolution = self.pipe.tokenizer.resolution
+        conditioner = self.pipe.transformer.conditioner
+        self.num_classes = None if conditioner.prompts else conditioner.config()["num_classes"]
+        self.grammar = conditioner.config().get("grammar")
+        if config.lora_rank:
+            self._lora_targets = config.lora_target_modules or DEFAULT_TARGETS
+            add_lora(
+                self.pipe.transformer,
+                rank=config.lora_rank,
+                alpha=config.lora_alpha,
+                targets=self._lora_targets,
+            )
+            self.pipe.transformer.to(device)
+        self.half = resolve_precision(config.mixed_precision) in ("bf16", "fp16")
+        settings = self.pipe.settings(
+            guidance_scale=config.guidance_scale,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+        )
+        self.policy: Policy = NextScalePolicy(
+            self.pipe,
+            settings,
+            logp_space=config.logp_space,  # pyright: ignore[reportArgumentType]
+            autocast=torch.bfloat16 if self.half else None,
+            batch_size=config.rollout_batch_size,
+        )
+
+    def add_reference(self) -> nn.Module | None:
+        """See `AlignModel`."""
+        return _add_reference(self.policy, self.config)
+
+    def draw(
+        self, network: nn.Module, conditions: Sequence[str | int], seeds: Sequence[int]
+    ) -> Float[Tensor, "b 3 H W"]:
+        """With the model's own generation settings; see `AlignModel`."""
+        pipe = NextScalePipeline(self.pipe.tokenizer, network, self.pipe.generation)  # pyright: ignore
+        given: dict[str, Any] = {
+            "prompt" if self.num_classes is None else "class_labels": conditions
+        }
+        with torch.autocast(pipe.device.type, torch.bfloat16, enabled=self.half):
+            return pipe(
+                **given,
+                seed=list(seeds),
+                batch_size=self.config.rollout_batch_size,
+                output_type="pt",
+            ).images
+
+    def save(self, network: nn.Module, folder: Path) -> None:
+        """See `AlignModel`."""
+        if self.config.lora_rank:
+            settings = {
+                "rank": self.config.lora_rank,
+                "alpha": self.config.lora_alpha,
+                "target_modules": list(self._lora_targets),
+            }
+            save_lora(network, folder, settings)
+        else:
+            save_model(folder, self.pipe.tokenizer, network, self.pipe.generation)  # pyright: ignore
+
+
+class DiffusionModel:
+    """A diffusers pipeline; see `AlignModel`."""
+
+    def __init__(self, config: AlignConfig, folder: Path, device: torch.device) -> None:
+        try:
+            from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+        except ImportError as error:
+            raise missing_extra(f"{config.model} is a diffusers pipeline", "align") from error
+        from nextscale.align.policies.diffusion import DiffusionPolicy
+
+        self.config = config
+        self.pipe: Any = DiffusionPipeline.from_pretrained(folder).to(device)
+        self.pipe.set_progress_bar_config(disable=True)
+        for module in self.pipe.components.values():
+            if isinstance(module, nn.Module):
+                module.requires_grad_(False).eval()
+        half = resolve_precision(config.mixed_precision) in ("bf16", "fp16")
+        options: dict[str, Any] = {
+            "guidance_scale": config.guidance_scale,
+            "eta": config.diffusion.eta,
+            "noise_level": config.diffusion.noise_level,
+            "logp_reduction": config.diffusion.logp_reduction,
+            "autocast": torch.bfloat16 if half else None,
+            "batch_size": config.rollout_batch_size,
+        }
+        steps = config.diffusion.num_inference_steps
+        self.policy: Policy = DiffusionPolicy(self.pipe, num_inference_steps=steps, **options)
+        self._drawer = DiffusionPolicy(
+            self.pipe, num_inference_steps=config.diffusion.eval_steps or steps, **options
+        )
+        network = self.policy.network
+        sample: Any = network
+        side = int(sample.config.sample_size) * getattr(self.pipe, "vae_scale_factor", 1)
+        self.resolution = (side, side)
+        labels = getattr(self.pipe, "labels", None)
+        self.num_classes = len(set(labels.values())) if labels else _classes_of(self.pipe)
+        self.grammar = None
+        if "nextscale_grammar" in self.pipe.config:
+            self.grammar = self.pipe.config["nextscale_grammar"]
+        if config.lora_rank:
+            targets = config.lora_target_modules or _DIFFUSION_TARGETS
+            _add_diffusers_lora(network, config, targets)
+        else:
+            network.requires_grad_(True)
+        if config.gradient_checkpointing:
+            network.enable_gradient_checkpointing()  # pyright: ignore[reportCallIssue]
+
+    def add_reference(self) -> nn.Module | None:
+        """See `AlignModel`."""
+        return _add_reference(self.policy, self.config)
+
+    def draw(
+        self, network: nn.Module, conditions: Sequence[str | int], seeds: Sequence[int]
+    ) -> Float[Tensor, "b 3 H W"]:
+        """With the deterministic sampler (eta 0, or the ODE); see `AlignModel`."""
+        with self._using(network):
+            encoded = self._drawer.encode(list(conditions))
+            generators = [image_stream(seed) for seed in seeds]
+            drawn = self._drawer.sample(encoded, generators=generators, deterministic=True)
+            return self._drawer.decode(drawn).cpu()
+
+    def save(self, network: nn.Module, folder: Path) -> None:
+        """In diffusers' own formats; see `AlignModel`."""
+        from nextscale.align.policies.saving import save_diffusion
+
+        with self._using(network):
+            save_diffusion(self.pipe, folder, lora=self.config.lora_rank > 0)
+
+    @contextlib.contextmanager
+    def _using(self, network: nn.Module) -> Iterator[None]:
+        """The pipeline with other weights, such as the average, in place of its own."""
+        own = self.policy.network
+        name = next(name for name, part in self.pipe.components.items() if part is own)
+        setattr(self.pipe, name, network)
+        try:
+            yield
+        finally:
+            setattr(self.pipe, name, own)
+
+
+def _add_diffusers_lora(network: Any, config: AlignConfig, targets: Sequence[str]) -> None:
+    """A LoRA by diffusers' own call, so that it can be saved in diffusers' format."""
+    from peft import LoraConfig
+
+    alpha: Any = config.lora_rank if config.lora_alpha is None else config.lora_alpha
+    settings = LoraConfig(r=config.lora_rank, lora_alpha=alpha, target_modules=list(targets))
+    try:
+        network.add_adapter(settings)
+    except ValueError as error:
+        raise UserError(f"lora_target_modules {list(targets)}: {error}") from error
+
+
+def _add_reference(policy: Any, config: AlignConfig) -> nn.Module | None:
+    if config.lora_rank:
+        policy.baseline = AdapterOff()
+        return None
+    policy.baseline = FrozenCopy(policy.network)
+    return policy.baseline.module
+
+
+def _classes_of(pipe: Any) -> int | None:
+    """Number of classes of a pipeline that takes no prompts."""
+    if hasattr(pipe, "tokenizer"):
+        return None
+    raise UserError(
+        f"{type(pipe).__name__} takes neither prompts nor named class labels, so there is nothing "
+        "to ask it for"
+    )

@@ -1,0 +1,1 @@
+"""Generators that know the log-probability of what they draw."""

@@ -1,0 +1,114 @@
+"""What a generator is asked for while it is tuned: prompts or class labels, with metadata."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nextscale.data.benchmark import BENCHMARKS, load_benchmark, training_captions
+from nextscale.errors import UserError
+from nextscale.streams import batch_indices
+
+_NUM_CAPTIONS = 8_000  # of each scenes list, most of them different
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One thing to draw.
+
+    Attributes:
+        condition: A text, or a class number.
+        metadata: What a reward may want to know besides, from a .jsonl file.
+    """
+
+    condition: str | int
+    metadata: Mapping[str, Any]
+
+
+def open_prompts(names: Sequence[str], *, num_classes: int | None = None) -> list[Prompt]:
+    """The prompts of several sources, in turns, so that a small source is not drowned.
+
+    Args:
+        names: Each one of: scenes:standard and scenes:hard (training captions of these forms, which
+            are in no benchmark); benchmark:NAME (a benchmark itself, to measure); classes (all
+            classes of the model); a .txt file, one prompt per line; a .jsonl file of objects with
+            "prompt" or "class_label", the other keys are metadata.
+        num_classes: Classes of the model; None: it takes prompts.
+
+    Raises:
+        UserError: For a source that is none, is empty, or does not fit the model.
+    """
+    if not names:
+        raise UserError("prompts is empty; name a source, for example scenes:hard or FILE.txt")
+    lists = [_open(name, num_classes) for name in names]
+    longest = max(map(len, lists))
+    prompts = [part[i % len(part)] for i in range(longest) for part in lists]
+    labels = isinstance(prompts[0].condition, int)
+    if labels != (num_classes is not None) or any(
+        isinstance(p.condition, int) != labels for p in prompts
+    ):
+        takes = "prompts" if num_classes is None else "class labels"
+        raise UserError(f"this model takes {takes}, which prompts {', '.join(names)} are not")
+    return prompts
+
+
+def draw_prompts(prompts: Sequence[Prompt], count: int, seed: int, draw: int) -> list[Prompt]:
+    """The prompts of one rollout: the next of an endless sequence of shuffled passes.
+
+    Args:
+        prompts: All of them.
+        count: How many.
+        seed: Of the run.
+        draw: Number of the rollout, from 0.
+    """
+    return [prompts[i] for i in batch_indices(seed, draw, count, len(prompts))]
+
+
+def _open(name: str, num_classes: int | None) -> list[Prompt]:
+    kind, _, argument = name.partition(":")
+    if kind == "scenes":
+        captions = training_captions(argument or "standard", _NUM_CAPTIONS)
+        return [Prompt(caption, {}) for caption in captions]
+    if kind == "benchmark":
+        if argument not in BENCHMARKS:
+            raise UserError(f"prompts {name}: the benchmarks are {', '.join(BENCHMARKS)}")
+        return [Prompt(caption, {}) for caption in load_benchmark(argument)]
+    if name == "classes":
+        if num_classes is None:
+            raise UserError("prompts classes needs a class-conditional model; this takes prompts")
+        return [Prompt(label, {}) for label in range(num_classes)]
+    path = Path(name)
+    if path.suffix not in (".txt", ".jsonl") or not path.is_file():
+        raise UserError(
+            f'prompts "{name}" is no source: use scenes:standard, scenes:hard, benchmark:NAME, '
+            "classes, or a .txt or .jsonl file that exists"
+        )
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise UserError(f"prompts {name} holds no line")
+    if path.suffix == ".txt":
+        return [Prompt(line.strip(), {}) for line in lines]
+    return [_parse(line, f"{name}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+def _parse(line: str, where: str) -> Prompt:
+    try:
+        entry = json.loads(line)
+        keys = [key for key in ("prompt", "class_label") if key in entry]
+        condition = entry.pop(keys[0]) if len(keys) == 1 else None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{where}: not a JSON object ({error})") from error
+    if not isinstance(condition, str | int) or isinstance(condition, bool):
+        raise UserError(f'{where}: needs either "prompt" (a text) or "class_label" (a number)')
+    return Prompt(condition, entry)
+
+
+def held_apart(prompts: Sequence[Prompt], others: Sequence[Prompt]) -> float:
+    """Share of `prompts` whose condition is also among `others`; 0 where training saw none."""
+    known = {prompt.condition for prompt in others}
+    return float(np.mean([prompt.condition in known for prompt in prompts]))

@@ -1,0 +1,371 @@
+"""What a run changed: rewards, accuracy, diversity, distance to the base, before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from scipy import stats
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from nextscale import processes, storage
+from nextscale.align.config import AlignConfig
+from nextscale.align.experience import score_together
+from nextscale.align.models import AlignModel, open_model
+from nextscale.align.prompts import Prompt, open_prompts
+from nextscale.align.rewards import score
+from nextscale.align.rewards.reward import AnyReward
+from nextscale.align.trajectory import Policy
+from nextscale.data.images import to_uint8
+from nextscale.eval.feature_network import small_features
+from nextscale.eval.features import Network
+from nextscale.eval.pairwise import vendi_score
+from nextscale.streams import stream
+from nextscale.training import FitResult
+from nextscale.training.grid import save_grid
+
+_GRID = 16
+_KL_SAMPLES = 64
+_SEED = 0  # of the first picture of the report: both sides draw image i from seed + i
+
+
+@dataclass
+class Report:
+    """Pictures before training, and what is measured once it is over.
+
+    Attributes:
+        config: The run.
+        model: Draws.
+        prompts: One per picture, `num_eval_images` in a row.
+        rewards: Those that were trained, then those that were watched.
+        before: uint8 [n, 3, H, W].
+        record: Filled by `finish`; what report.json holds.
+    """
+
+    config: AlignConfig
+    model: AlignModel
+    prompts: list[Prompt]
+    rewards: list[AnyReward]
+    before: Tensor
+    progress: bool
+    record: dict[str, Any]
+
+    def finish(self, network: nn.Module, result: FitResult) -> None:
+        """Draw again, measure both sides, write report.json, report.md and the grid."""
+        after = _draw(self.config, self.model, network, self.prompts, self.progress)
+        sides = {"before": self.before, "after": after}
+        columns = {
+            name: score_all(self.rewards, images.float() / 255, self.prompts)
+            for name, images in sides.items()
+        }
+        if not processes.is_main():
+            return
+        groups = torch.arange(len(self.prompts)) // self.config.num_eval_images
+        self.record = {
+            "method": self.config.method,
+            "model": self.config.model,
+            "steps": result.steps,
+            "minutes": round(result.seconds / 60, 2),
+            "prompts": list(self.config.eval_prompts),
+            "num_prompts": int(groups.max()) + 1,
+            "images_per_prompt": self.config.num_eval_images,
+            "rewards": {
+                reward.name: compare(columns["before"][:, k], columns["after"][:, k], groups)
+                for k, reward in enumerate(self.rewards)
+            },
+            **self._of_sets(sides, groups),
+            "kl": _kl_per_step(self.config, self.model, network, self.prompts),
+        }
+        folder = Path(self.config.output_dir)
+        storage.write_json(folder / "report.json", self.record)
+        storage.write_bytes(folder / "report.md", _markdown(self.record).encode())
+        _before_after(folder / "before_after.png", sides, self.prompts, groups)
+
+    def _of_sets(self, sides: dict[str, Tensor], groups: Tensor) -> dict[str, Any]:
+        """Diversity within prompts, and the Fréchet distance to true pictures."""
+        found: dict[str, Any] = {}
+        network = _features_of(self.config, self.model)
+        if network is None:
+            return found
+        features = {name: _features(network, images) for name, images in sides.items()}
+        if self.config.num_eval_images > 1:
+            within = {name: _vendi_within(f, groups) for name, f in features.items()}
+            found["vendi_within_prompt"] = compare(within["before"], within["after"], None)
+        reference = _reference(self.config, self.model)
+        if reference is not None:
+            from nextscale.eval import evaluate
+
+            metric = "fid" if self.config.eval_features == "inception" else "fd_scenes"
+            for name, images in sides.items():
+                pixels = images.permute(0, 2, 3, 1).numpy()
+                measured = evaluate(pixels, reference, network=network, metrics=[metric])
+                (value,) = measured["metrics"].values()
+                found.setdefault(metric, {})[name] = {k: value[k] for k in ("value", "se")}
+        return found
+
+
+def make_report(
+    config: AlignConfig,
+    model: AlignModel,
+    rewards: Sequence[AnyReward],
+    held_out: Sequence[AnyReward],
+    *,
+    progress: bool,
+) -> Report:
+    """Draw the pictures of the report by the model as it came; a resumed run reads them again."""
+    asked = [open_prompts([name], num_classes=model.num_classes) for name in config.eval_prompts]
+    chosen = [prompt for part in asked for prompt in part[: config.num_eval_prompts]]
+    prompts = [prompt for prompt in chosen for _ in range(config.num_eval_images)]
+    path = Path(config.output_dir, "before.safetensors")
+    if path.is_file():
+        before = storage.read_tensors(path)["images"]
+    else:
+        before = _draw(config, model, model.policy.network, prompts, progress)
+        if processes.is_main():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            storage.write_tensors(path, {"images": before})
+        if processes.world_size() > 1:
+            processes.barrier()
+    return Report(config, model, prompts, [*rewards, *held_out], before, progress, {})
+
+
+def score_all(
+    rewards: Sequence[AnyReward], images: Float[Tensor, "b 3 H W"], prompts: Sequence[Prompt]
+) -> Float[Tensor, "b k"]:
+    """Rewards of pictures on the CPU; groups are equal prompts."""
+    conditions = [prompt.condition for prompt in prompts]
+    columns, _ = score(rewards, images, conditions, [prompt.metadata for prompt in prompts])
+    numbers = {condition: i for i, condition in enumerate(dict.fromkeys(conditions))}
+    groups = torch.tensor([numbers[condition] for condition in conditions])
+    return score_together(rewards, columns, images, prompts, groups)
+
+
+def compare(
+    before: Float[Tensor, " n"], after: Float[Tensor, " n"], groups: Int[Tensor, " n"] | None
+) -> dict[str, Any]:
+    """Means with 95 % intervals, and their paired difference.
+
+    Pictures of one prompt depend on each other: intervals are Student's over means of prompts.
+
+    Args:
+        before: One value per picture; NaN on either side leaves the picture out.
+        after: Of the same prompts and seeds.
+        groups: Prompt of each picture; None: every value is one.
+
+    Returns:
+        "before", "after" and "difference", each with value and ci95; for values of 0 and 1 also
+        "mcnemar": pictures that only one side got right, and the exact two-sided p.
+    """
+    valid = ~(before.isnan() | after.isnan())
+    if not bool(valid.any()):
+        return {"before": None, "after": None, "difference": None, "n": 0}
+    before, after = before[valid].double(), after[valid].double()
+    groups = torch.arange(len(before)) if groups is None else groups[valid]
+    found: dict[str, Any] = {
+        "before": _interval(before, groups),
+        "after": _interval(after, groups),
+        "difference": _interval(after - before, groups),
+        "n": len(before),
+    }
+    binary = torch.cat([before, after])
+    if bool(((binary == 0) | (binary == 1)).all()):
+        gained, lost = int((after > before).sum()), int((after < before).sum())
+        p = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+        found["mcnemar"] = {"gained": gained, "lost": lost, "p": float(p)}
+    return found
+
+
+def grid(
+    output_dir: str,
+    step: int,
+    images: Float[Tensor, "b 3 H W"],
+    prompts: Sequence[Prompt],
+    rewards: Float[Tensor, " b"],
+) -> None:
+    """A sheet of the first pictures with their rewards, `samples/step_STEP.png`."""
+    pairs = zip(prompts, rewards.tolist(), strict=True)
+    captions = [f"{prompt.condition} ({value:.3g})" for prompt, value in pairs]
+    path = Path(output_dir, "samples", f"step_{step:08d}.png")
+    save_grid(images[:_GRID], path, captions=captions[:_GRID])
+
+
+def _draw(
+    config: AlignConfig,
+    model: AlignModel,
+    network: nn.Module,
+    prompts: Sequence[Prompt],
+    progress: bool,
+) -> Tensor:
+    """uint8 [n, 3, H, W], every process a share; image i from seed + i."""
+    own = processes.own_range(len(prompts))
+    size = config.rollout_batch_size
+    parts = []
+    starts = range(own.start, own.stop, size)
+    for start in tqdm(starts, "drawing for the report", unit="batch", disable=not progress):
+        rows = range(start, min(start + size, own.stop))
+        images = model.draw(
+            network, [prompts[i].condition for i in rows], [_SEED + i for i in rows]
+        )
+        parts.append(to_uint8(images).cpu())
+    mine = torch.cat(parts) if parts else torch.zeros(0, 3, 1, 1, dtype=torch.uint8)
+    return torch.cat([part for part in processes.gather(mine) if len(part)])
+
+
+def _interval(values: Tensor, groups: Tensor) -> dict[str, Any]:
+    """Mean and 95 % interval over means of groups."""
+    numbers = groups.unique(return_inverse=True)[1]
+    sums = values.new_zeros(int(numbers.max()) + 1)
+    counts = sums.index_add(0, numbers, torch.ones_like(values))
+    means = sums.index_add(0, numbers, values) / counts
+    mean = float(values.mean())
+    if len(means) < 2:
+        return {"value": mean, "ci95": None}
+    half = float(stats.t.ppf(0.975, len(means) - 1) * means.std() / len(means) ** 0.5)
+    return {"value": mean, "ci95": [mean - half, mean + half]}
+
+
+def _features_of(config: AlignConfig, model: AlignModel) -> Network | None:
+    """The network that sees the report's pictures, if there is one for them."""
+    name = config.eval_features or ("scenes-features" if model.grammar == "scenes" else None)
+    if name is None:
+        return None
+    device = next(model.policy.network.parameters()).device
+    if name != "inception":
+        return small_features(name, device=device)
+    from nextscale.eval.inception import Inception, read_weights
+    from nextscale.eval.weights import INCEPTION, find_weights
+
+    weights = read_weights(find_weights(INCEPTION, None, download=config.download))
+    return Inception(weights, "adm", device=device)
+
+
+@torch.no_grad()
+def _features(network: Network, images: Tensor) -> np.ndarray:
+    """Float [n, d], of the network's first tap."""
+    pixels = list(images.permute(0, 2, 3, 1).numpy())
+    found = [network(pixels[i : i + 64], range(i, i + 64)) for i in range(0, len(pixels), 64)]
+    return torch.cat([next(iter(part.values())) for part in found]).cpu().numpy()
+
+
+def _vendi_within(features: np.ndarray, groups: Tensor) -> Tensor:
+    """Vendi score of each prompt's pictures: 1 if they are all alike, their number at most."""
+    return torch.tensor(
+        [vendi_score(features[(groups == g).numpy()]) for g in range(int(groups.max()) + 1)]
+    )
+
+
+def _reference(config: AlignConfig, model: AlignModel) -> Any:
+    """True pictures to measure the Fréchet distance to."""
+    name = config.eval_reference or ("scenes" if model.grammar == "scenes" else None)
+    if name != "scenes":
+        return name
+    from nextscale.data.sources import open_source
+
+    data = open_source("scenes", resolution=model.resolution[0], split="validation",
+                       num_images=2000)  # fmt: skip
+    return data.load(np.arange(2000)).images.permute(0, 2, 3, 1).numpy()
+
+
+def _kl_per_step(
+    config: AlignConfig, model: AlignModel, network: nn.Module, prompts: Sequence[Prompt]
+) -> dict[str, Any]:
+    """Exact KL(tuned || base) in nats per sample, of each scale or denoising step.
+
+    On samples of the tuned policy, as rollouts draw them. The sum over scales is the divergence of
+    whole samples (the chain rule); for diffusion it is a mean over latent dimensions.
+    """
+    base = open_model(config)
+    policy: Policy = model.policy
+    chosen = list(prompts)[:: max(1, len(prompts) // _KL_SAMPLES)][:_KL_SAMPLES]
+    encoded = policy.encode([prompt.condition for prompt in chosen])
+    generators = [stream(config.seed, -1, i) for i in range(len(chosen))]
+    drawn = policy.sample(encoded, generators=generators)
+    base.policy.network.eval()
+    held, policy.baseline = policy.baseline, _Fixed(base.policy.network)  # pyright: ignore
+    totals: dict[int, list[float]] = {step: [] for step in range(policy.num_steps)}
+    try:
+        with torch.no_grad():
+            for start in range(0, len(chosen), 16):
+                part = drawn.index(slice(start, start + 16))
+                ev = policy.evaluate(part, need=("logp", "kl"), network=network)
+                assert ev.kl is not None
+                for step in totals:
+                    own = ev.kl[:, ev.step == step] * ev.mask[:, ev.step == step]
+                    totals[step] += own.sum(1).tolist()
+    finally:
+        policy.baseline = held  # pyright: ignore
+    per_step = [float(np.mean(values)) for values in totals.values()]
+    return {"per_step": per_step, "total": sum(per_step), "samples": len(chosen)}
+
+
+class _Fixed:
+    """Another network as the reference."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+
+    def use(self, network: nn.Module) -> Any:
+        import contextlib
+
+        return contextlib.nullcontext(self.network)
+
+
+def _before_after(
+    path: Path, sides: dict[str, Tensor], prompts: Sequence[Prompt], groups: Tensor
+) -> None:
+    """Two rows per line of eight prompts: above before, below after, equal seeds."""
+    first = [int((groups == g).nonzero()[0]) for g in range(min(_GRID, int(groups.max()) + 1))]
+    tiles, captions = [], []
+    for start in range(0, len(first), 8):
+        rows = first[start : start + 8]
+        for name in ("before", "after"):
+            tiles += [sides[name][row] for row in rows]
+            captions += [f"{name}: {prompts[row].condition}" for row in rows]
+    save_grid(torch.stack(tiles).float() / 255, path, min(8, len(first)), captions)
+
+
+def _markdown(record: dict[str, Any]) -> str:
+    """The record as a table."""
+    lines = [
+        f"{record['method']} on {record['model']}: {record['steps']} steps, "
+        f"{record['minutes']} minutes; {record['num_prompts']} prompts of "
+        f"{', '.join(record['prompts'])}, {record['images_per_prompt']} pictures each.",
+        "",
+        "| | before | after | difference |",
+        "|---|---|---|---|",
+    ]
+    rows = dict(record["rewards"])
+    if "vendi_within_prompt" in record:
+        rows["Vendi score within prompt"] = record["vendi_within_prompt"]
+    for name, row in rows.items():
+        cells = [_cell(row[side]) for side in ("before", "after", "difference")]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+        if "mcnemar" in row:
+            test = row["mcnemar"]
+            lines.append(
+                f"| {name}: McNemar | lost {test['lost']} | gained {test['gained']} | "
+                f"p = {test['p']:.2g} |"
+            )
+    for metric in ("fd_scenes", "fid"):
+        if metric in record:
+            sides = [record[metric][side] for side in ("before", "after")]
+            cells = [f"{s['value']:.3f} ± {s['se'] or 0:.3f}" for s in sides]
+            lines.append(f"| {metric} | {cells[0]} | {cells[1]} | |")
+    steps = " ".join(f"{value:.3g}" for value in record["kl"]["per_step"])
+    lines += ["", f"KL from the base, nats per sample, by scale or step: {steps}."]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: dict[str, Any] | None) -> str:
+    if value is None:
+        return "-"
+    if value["ci95"] is None:
+        return f"{value['value']:.4g}"
+    low, high = value["ci95"]
+    return f"{value['value']:.4g} ({low:.4g} to {high:.4g})"

@@ -1,0 +1,127 @@
+"""Several rewards as one, on one scale, and the guard against rewards that are gamed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nextscale.align.rewards.reward import (
+    CheckedReward,
+    Metadata,
+    Prompts,
+    Reward,
+    RewardOutput,
+    as_reward,
+)
+from nextscale.errors import UserError, require
+
+MODES = ("sum", "min", "majority")
+FIELD_SCALES = {"pickscore": 26.0, "aesthetic": 10.0, "jpeg_compressibility": 500.0}
+"""What others divide a raw reward by: PickScore and JPEG kB as Flow-GRPO, aesthetic scores so that
+they end at 1. HPSv2, ImageReward, CLIP cosines and OCR are used raw."""
+
+
+def combine(
+    columns: Float[Tensor, "b k"], weights: Sequence[float], mode: str = "sum"
+) -> Float[Tensor, " b"]:
+    """Make one reward of several per sample.
+
+    To bring rewards of different scales to one first, use the aggregation normalize_then_sum of
+    `combined_advantages`, which works on groups.
+
+    Args:
+        columns: One column per reward.
+        weights: One per reward.
+        mode: sum: sum_k w_k r_k, NaN if any is. min: the least w_k r_k, NaN if any is: all must be
+            good at once. majority: 1 where rewards above one half hold more than half of the
+            weight of those that are not NaN, else 0; for verdicts in [0, 1].
+    """
+    require("mode", mode, mode in MODES, f"be one of {', '.join(MODES)}")
+    if columns.ndim != 2 or columns.shape[1] != len(weights):
+        raise UserError(
+            f"rewards must be [B, {len(weights)}], one column per weight, got {list(columns.shape)}"
+        )
+    factors = columns.new_tensor(weights)
+    if mode == "sum":
+        return (columns * factors).sum(dim=1)
+    if mode == "min":
+        return (columns * factors).amin(dim=1)
+    voting = (~columns.isnan()) * factors
+    share = ((columns > 0.5) * factors).sum(dim=1) / voting.sum(dim=1)
+    return torch.where(share.isnan(), math.nan, (share > 0.5).to(columns))
+
+
+def normalized(reward: Reward, offset: float = 0.0, scale: float | None = None) -> CheckedReward:
+    """A reward on another scale: (r - offset) / scale. The log gets the raw value as extra "raw".
+
+    Args:
+        reward: Of single pictures.
+        offset: What becomes 0.
+        scale: How much becomes 1; None: that of `FIELD_SCALES`, else 1.
+    """
+    divisor = FIELD_SCALES.get(reward.name, 1.0) if scale is None else scale
+    require("scale", divisor, divisor > 0, "be above 0")
+
+    def changed(
+        images: Float[Tensor, "b 3 h w"], prompts: Prompts, metadata: Metadata
+    ) -> RewardOutput:
+        output = as_reward(reward)(images, prompts, metadata)
+        extra = {**output.extra, "raw": output.values.detach()}
+        return RewardOutput((output.values - offset) / divisor, extra)
+
+    low, high = ((bound - offset) / divisor for bound in reward.range)
+    return as_reward(
+        changed,
+        reward.name,
+        range=(low, high),
+        needs_prompt=reward.needs_prompt,
+        differentiable=reward.differentiable,
+    )
+
+
+class HeldOutMonitor:
+    """Says when to stop, because the trained reward rises while rewards that are not trained fall.
+
+    A guard against reward hacking; the rule is ours. Evaluations are compared with the one before.
+
+    Args:
+        patience: Evaluations in a row that must disagree.
+        min_held_out: How many held-out rewards must fall; all of them, if there are fewer.
+    """
+
+    def __init__(self, patience: int = 3, min_held_out: int = 2) -> None:
+        require("patience", patience, patience > 0, "be above 0")
+        require("min_held_out", min_held_out, min_held_out > 0, "be above 0")
+        self.patience, self.min_held_out = patience, min_held_out
+        self._streak = 0
+        self._train: float | None = None
+        self._held_out: dict[str, float] = {}
+
+    def update(self, train_reward: float, held_out: Mapping[str, float]) -> bool:
+        """Take the means of an evaluation; True: stop.
+
+        Args:
+            train_reward: Of the reward that is trained.
+            held_out: Of the others, by name. A NaN, or a name that the last evaluation did not
+                have, has not fallen.
+        """
+        fell = sum(held_out[name] < self._held_out.get(name, -math.inf) for name in held_out)
+        rose = self._train is not None and train_reward > self._train
+        apart = rose and 0 < min(self.min_held_out, len(held_out)) <= fell
+        self._streak = self._streak + 1 if apart else 0
+        self._train, self._held_out = float(train_reward), dict(held_out)
+        return self._streak >= self.patience
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, for JSON."""
+        return {"streak": self._streak, "train": self._train, "held_out": dict(self._held_out)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        self._streak, self._train = int(state["streak"]), state["train"]
+        self._held_out = dict(state["held_out"])

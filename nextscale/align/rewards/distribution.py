@@ -1,0 +1,209 @@
+"""Rewards of whole sets of pictures: Fréchet distance to a reference, and diversity (DRAGON)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nextscale.align.rewards.reward import CheckedReward, Prompts, as_reward
+from nextscale.data.images import to_uint8
+from nextscale.errors import UserError
+from nextscale.eval.feature_network import SmallFeatures
+from nextscale.eval.features import extract
+from nextscale.eval.frechet import Moments, as_float64, frechet_distance
+from nextscale.eval.images import open_images
+from nextscale.eval.pairwise import vendi_score, vendi_without
+from nextscale.eval.statistics import check_same, is_statistics, read_statistics
+
+WORLDS = ("scenes", "scenes-all")
+NUM_REFERENCE = 2000  # pictures of a built-in world that make its reference
+_CANCELLED = 1e-6  # share of the scatter below which a downdate has lost its digits
+
+FeatureFunction = Callable[[Tensor], Float[Tensor, "b d"]]
+"""Pictures in [0, 1] -> features."""
+
+
+class FrechetReward:
+    """Minus the Fréchet distance of a set of pictures to a reference (DRAGON, arXiv 2504.15217).
+
+    A sample's contribution is how much the distance grows without it (leave-one-out FID as a
+    reward: arXiv 2603.23086): FD(D without i) - FD(D). Each is exact, from moments downdated by
+    one row, and costs one decomposition of [d, d]. Covariances divide by n - 1. With fewer samples
+    than about ten times d the distance is biased upwards, by an amount that depends on n: compare
+    sets of equal n.
+
+    Args:
+        features_of: Pictures -> features.
+        mean: Of the reference's features, [d].
+        covariance: Of the reference's features, [d, d].
+        name: What to call it.
+    """
+
+    def __init__(
+        self,
+        features_of: FeatureFunction,
+        mean: Tensor | np.ndarray,
+        covariance: Tensor | np.ndarray,
+        name: str = "frechet",
+    ) -> None:
+        self.name, self.features_of = name, features_of
+        self.mean, self.covariance = as_float64(mean).cpu(), as_float64(covariance).cpu()
+
+    def features(self, images: Float[Tensor, "b 3 h w"], prompts: Prompts) -> Float[Tensor, "b d"]:
+        """Features of pictures in [0, 1], on their device."""
+        return self.features_of(images).to(images.device)
+
+    def score_set(self, features: Float[Tensor, "n d"]) -> float:
+        """Minus the distance of a set to the reference, 0 or less.
+
+        Raises:
+            UserError: Below 2 rows.
+        """
+        return -self._distance(Moments.of(features.detach().cpu()))
+
+    def contributions(self, features: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+        """FD(D without i) - FD(D), float64: above 0 where a row brings the set nearer.
+
+        Raises:
+            UserError: Below 3 rows.
+        """
+        rows = as_float64(features.detach().cpu())
+        if len(rows) < 3:
+            raise UserError(f'the reward "{self.name}" needs 3 pictures or more, got {len(rows)}')
+        whole = Moments.of(rows)
+        without = [self._distance(_without(whole, rows, i)) for i in range(len(rows))]
+        found = torch.tensor(without, dtype=torch.float64) - self._distance(whole)
+        return found.to(features.device)
+
+    def _distance(self, moments: Moments) -> float:
+        return frechet_distance(moments.mean, moments.covariance, self.mean, self.covariance)
+
+
+class VendiReward:
+    """The Vendi score of a set: its effective number of different pictures, in [1, n].
+
+    Friedman and Dieng, arXiv 2210.02410, with the cosine kernel; a reward without reference in
+    DRAGON (arXiv 2504.15217). Alone it rewards noise: use it beside a reward of quality.
+
+    Args:
+        features_of: Pictures -> features.
+        name: What to call it.
+    """
+
+    def __init__(self, features_of: FeatureFunction, name: str = "vendi") -> None:
+        self.name, self.features_of = name, features_of
+
+    def features(self, images: Float[Tensor, "b 3 h w"], prompts: Prompts) -> Float[Tensor, "b d"]:
+        """Features of pictures in [0, 1], on their device."""
+        return self.features_of(images).to(images.device)
+
+    def score_set(self, features: Float[Tensor, "n d"]) -> float:
+        """The Vendi score."""
+        return vendi_score(features.detach().cpu())
+
+    def contributions(self, features: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+        """How much the score falls without each row, float64.
+
+        Raises:
+            UserError: Below 2 rows.
+        """
+        rows = features.detach().cpu()
+        if len(rows) < 2:
+            raise UserError(f'the reward "{self.name}" needs 2 pictures or more, got {len(rows)}')
+        without = torch.tensor(list(vendi_without(rows, len(rows))), dtype=torch.float64)
+        return (vendi_score(rows) - without).to(features.device)
+
+
+def instance_to_distribution(
+    features: Float[Tensor, "n d"], mean: Tensor | np.ndarray, covariance: Tensor | np.ndarray
+) -> Float[Tensor, " n"]:
+    """Minus the Fréchet distance of each single row to a reference: -(|x - mu|^2 + tr S).
+
+    The instance-to-distribution reward of DRAGON (arXiv 2504.15217) with one feature vector per
+    picture, whose covariance is zero; the paper also takes several parts of a sample.
+
+    Args:
+        features: [n, d].
+        mean: mu, [d].
+        covariance: S, [d, d].
+
+    Returns:
+        float64, 0 or less.
+    """
+    rows = as_float64(features)
+    squares = (rows - as_float64(mean).to(rows)).square().sum(dim=1)
+    return -(squares + as_float64(covariance).trace().to(rows))
+
+
+def instance_frechet_reward(reward: FrechetReward) -> CheckedReward:
+    """`instance_to_distribution` as a reward of single pictures."""
+
+    def distance(images: Float[Tensor, "b 3 h w"], prompts: Prompts) -> Tensor:
+        rows = reward.features(images, prompts)
+        return instance_to_distribution(rows, reward.mean, reward.covariance)
+
+    bounds = (-float("inf"), 0.0)
+    return as_reward(distance, "frechet_instance", range=bounds, needs_prompt=False)
+
+
+def frechet_reward(reference: str, network: SmallFeatures) -> FrechetReward:
+    """The Fréchet reward of a reference's name; every process of a run must call it.
+
+    Args:
+        reference: scenes or scenes-all (2000 pictures of its validation part), a folder or file of
+            pictures of the network's size, or an .npz of statistics (`nextscale eval stats`).
+        network: Gives the features.
+
+    Raises:
+        UserError: If there is no such reference, or it was made with another network.
+    """
+    if is_statistics(reference):
+        statistics = read_statistics(reference)
+        if "scenes" not in statistics.values:
+            raise UserError(
+                f"{reference} holds statistics of {', '.join(statistics.values)} features, not of "
+                f"{network.name}. Make them with nextscale eval stats and the metric fd_scenes"
+            )
+        check_same(statistics, network.fingerprint())
+        mean, covariance = statistics.values["scenes"]
+        return FrechetReward(features_by(network), mean, covariance)
+    images = open_images(*_world(reference, network)) if reference in WORLDS else None
+    found = extract(images or open_images(Path(reference)), network, moments=["scenes"])
+    moments = found.moments("scenes")
+    return FrechetReward(features_by(network), moments.mean, moments.covariance)
+
+
+def features_by(network: SmallFeatures) -> FeatureFunction:
+    """Pictures in [0, 1] -> features of the small network."""
+
+    def features_of(images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+        return network(list(to_uint8(images.detach()).permute(0, 2, 3, 1).cpu().numpy()))["scenes"]
+
+    return features_of
+
+
+def _world(name: str, network: SmallFeatures) -> tuple[Any, int]:
+    from nextscale.data.sources import open_source
+
+    side = network.network.config.resolution
+    data = open_source(name, resolution=side, split="validation", num_images=NUM_REFERENCE)
+
+    def draw(start: int, count: int) -> np.ndarray:
+        pixels = data.load(np.arange(start, start + count)).images
+        return pixels.permute(0, 2, 3, 1).numpy()
+
+    return draw, NUM_REFERENCE
+
+
+def _without(whole: Moments, rows: Tensor, index: int) -> Moments:
+    """Moments without one row; anew where subtraction would leave nothing but rounding."""
+    rest = whole.without(Moments.of(rows[index : index + 1]))
+    if rest.scatter.trace() > _CANCELLED * whole.scatter.trace():
+        return rest
+    return Moments.of(torch.cat([rows[:index], rows[index + 1 :]]))

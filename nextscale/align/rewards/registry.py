@@ -1,0 +1,188 @@
+"""Rewards by name, as recipes and commands write them: "clip", "brightness:0.8"."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nextscale.align.rewards.classifier import classifier_reward, timm_classifier
+from nextscale.align.rewards.ocr import ocr_reward, open_recogniser
+from nextscale.align.rewards.pixels import (
+    brightness_reward,
+    color_reward,
+    jpeg_reward,
+    random_reward,
+)
+from nextscale.align.rewards.remote import http_reward
+from nextscale.align.rewards.reward import AnyReward, Range, scorer_reward
+from nextscale.align.rewards.scenes import checker_reward
+from nextscale.errors import UserError
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How rewards with weights are opened.
+
+    Attributes:
+        device: Where their networks run.
+        download: Fetch weights that are nowhere on this machine.
+    """
+
+    device: torch.device | str = "cpu"
+    download: bool = False
+
+
+Factory = Callable[[str | None, Opening], AnyReward]
+"""What stands behind the colon of a reward's name, if anything, and how to open it -> reward."""
+
+
+def open_reward(
+    name: str, *, device: torch.device | str = "cpu", download: bool = False
+) -> AnyReward:
+    """Open a reward by its name.
+
+    | name | reward |
+    |---|---|
+    | checker, checker_statements | the scenes checker: all statements hold, or their share |
+    | jpeg_compressibility, jpeg_incompressibility[:DIVISOR] | minus or plus kB as a JPEG |
+    | brightness[:TARGET] | minus squared distance of the mean luma; target 1 |
+    | color:COLOUR | minus squared distance of the mean colour, a CSS name or #rrggbb |
+    | random | a control that means nothing |
+    | classifier:MODEL[@FILE] | log-probability of the class label, by a model of timm |
+    | clip[:MODEL] | cosine by the bundled CLIP, a model folder, or one of open_clip |
+    | frechet:REFERENCE | set reward: Fréchet distance in the bundled features |
+    | frechet_instance:REFERENCE | the same of each picture alone |
+    | vendi | set reward: diversity in the bundled features |
+    | pickscore, hpsv2, imagereward, aesthetic[:FILE] | preference models |
+    | ocr[:PACKAGE] | share of the quoted text that is read in the picture |
+    | http:URL (or just the URL) | a server |
+
+    Args:
+        name: See the table.
+        device: Where networks run.
+        download: Fetch weights that are nowhere on this machine.
+
+    Raises:
+        UserError: For a name or argument that is none, and with exit code 1 for weights that are
+            not there.
+    """
+    kind, colon, argument = name.partition(":")
+    if argument.startswith("//"):
+        kind, argument = "http", name
+    if kind not in REWARDS:
+        near = difflib.get_close_matches(kind.lower(), REWARDS, n=3)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise UserError(f'there is no reward "{kind}".{hint} Choose from {", ".join(REWARDS)}.')
+    if colon and not argument:
+        raise UserError(f'the reward "{name}" has nothing behind its colon')
+    return REWARDS[kind](argument or None, Opening(device, download))
+
+
+def _plain(name: str, make: Callable[[], AnyReward]) -> Factory:
+    """Of a reward that takes no argument."""
+
+    def factory(argument: str | None, opening: Opening) -> AnyReward:
+        if argument is not None:
+            raise UserError(f'the reward "{name}" takes nothing behind a colon, got "{argument}"')
+        return make()
+
+    return factory
+
+
+def _number(name: str, argument: str | None, default: float) -> float:
+    try:
+        return default if argument is None else float(argument)
+    except ValueError as error:
+        raise UserError(f'the reward "{name}" takes a number, got "{argument}"') from error
+
+
+def _needed(name: str, argument: str | None, what: str) -> str:
+    if argument is None:
+        raise UserError(f'the reward "{name}" needs {what}: write {name}:{what.split()[-1]}')
+    return argument
+
+
+def _jpeg(sign: int) -> Factory:
+    name = "jpeg_compressibility" if sign < 0 else "jpeg_incompressibility"
+    return lambda argument, opening: jpeg_reward(sign, divisor=_number(name, argument, 1.0))
+
+
+def _classifier(argument: str | None, opening: Opening) -> AnyReward:
+    model, _, path = _needed("classifier", argument, "a model of timm, such as resnet50").partition(
+        "@"
+    )
+    options: dict[str, Any] = {"device": opening.device, "download": opening.download}
+    return classifier_reward(timm_classifier(model, path or None, **options))
+
+
+def _clip(argument: str | None, opening: Opening) -> AnyReward:
+    from nextscale.eval.clip import BUNDLED, clip_scorer, open_clip_model
+
+    clip = open_clip_model(argument or BUNDLED, device=opening.device, download=opening.download)
+    return scorer_reward(clip_scorer(clip), "clip", range=(-1.0, 1.0))
+
+
+def _frechet(argument: str | None, opening: Opening) -> AnyReward:
+    from nextscale.align.rewards.distribution import frechet_reward
+    from nextscale.eval.feature_network import small_features
+
+    reference = _needed("frechet", argument, "a reference, such as scenes")
+    return frechet_reward(reference, small_features(device=opening.device))
+
+
+def _frechet_instance(argument: str | None, opening: Opening) -> AnyReward:
+    from nextscale.align.rewards.distribution import frechet_reward, instance_frechet_reward
+    from nextscale.eval.feature_network import small_features
+
+    reference = _needed("frechet_instance", argument, "a reference, such as scenes")
+    return instance_frechet_reward(frechet_reward(reference, small_features(device=opening.device)))
+
+
+def _vendi(argument: str | None, opening: Opening) -> AnyReward:
+    from nextscale.align.rewards.distribution import VendiReward, features_by
+    from nextscale.eval.feature_network import small_features
+
+    make = _plain("vendi", lambda: VendiReward(features_by(small_features(device=opening.device))))
+    return make(argument, opening)
+
+
+def _preference(name: str, bounds: Range, *, needs_prompt: bool = True) -> Factory:
+    """Of a scorer of `eval.preference_models` by its function's name."""
+
+    def factory(argument: str | None, opening: Opening) -> AnyReward:
+        from nextscale.eval import preference_models
+
+        open_scorer = getattr(preference_models, name)
+        scorer = open_scorer(argument, device=opening.device, download=opening.download)
+        return scorer_reward(scorer, name, range=bounds, needs_prompt=needs_prompt)
+
+    return factory
+
+
+_INF = float("inf")
+REWARDS: dict[str, Factory] = {
+    "checker": _plain("checker", checker_reward),
+    "checker_statements": _plain("checker_statements", lambda: checker_reward(statements=True)),
+    "jpeg_compressibility": _jpeg(-1),
+    "jpeg_incompressibility": _jpeg(1),
+    "brightness": lambda argument, _: brightness_reward(_number("brightness", argument, 1.0)),
+    "color": lambda argument, _: color_reward(_needed("color", argument, "a colour, such as red")),
+    "random": _plain("random", random_reward),
+    "classifier": _classifier,
+    "clip": _clip,
+    "frechet": _frechet,
+    "frechet_instance": _frechet_instance,
+    "vendi": _vendi,
+    "pickscore": _preference("pickscore", (-100.0, 100.0)),
+    "hpsv2": _preference("hpsv2", (-1.0, 1.0)),
+    "imagereward": _preference("imagereward", (-_INF, _INF)),
+    "aesthetic": _preference("aesthetic", (-_INF, _INF), needs_prompt=False),
+    "ocr": lambda argument, opening: ocr_reward(open_recogniser(argument, device=opening.device)),
+    "http": lambda argument, _: http_reward(
+        _needed("http", argument, "an address, such as http://localhost:8000/score")
+    ),
+}

@@ -1,0 +1,365 @@
+"""`nextscale align`: rollouts, rewards, a method's loss, on the loop that all trainers share.
+
+The data of the loop is the current rollout: an epoch is a pass over its examples, and when
+`num_iterations` of them are done, the next rollout is drawn with the weights as they are then.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from nextscale import processes
+from nextscale.align.config import AlignConfig
+from nextscale.align.experience import Experience, collect, rollout_metrics, sample_streams
+from nextscale.align.methods import METHODS, Method
+from nextscale.align.methods.dpo import DPO
+from nextscale.align.methods.grpo import GRPO, TokenMask
+from nextscale.align.methods.method import total_reward
+from nextscale.align.models import AlignModel, open_model
+from nextscale.align.pairs import load_pairs, read_pairs
+from nextscale.align.prompts import Prompt, draw_prompts, open_prompts
+from nextscale.align.report import Report, grid, make_report, score_all
+from nextscale.align.rewards import HeldOutMonitor, as_reward, open_reward
+from nextscale.align.rewards.reward import AnyReward
+from nextscale.errors import UserError
+from nextscale.training import FitResult, adamw, bare, decay_groups, fit, latest_checkpoint
+from nextscale.training.batches import global_batch_size
+from nextscale.training.session import resolve_precision
+
+logger = logging.getLogger(__name__)
+_VALIDATION_SEED = 3_000_000_000  # apart from what users draw by hand, 0, 1, 2, ...
+
+
+@dataclass(frozen=True)
+class AlignResult:
+    """How a run ended.
+
+    Attributes:
+        fit: The result of the loop.
+        report: What was measured before and after; None if it was switched off.
+    """
+
+    fit: FitResult
+    report: Report | None
+
+
+def align(
+    config: AlignConfig,
+    *,
+    rewards: Mapping[str, Any] | None = None,
+    token_mask: TokenMask | None = None,
+    progress: bool = True,
+) -> AlignResult:
+    """Tune a generator by rewards and save it in `output_dir/model`.
+
+    Args:
+        config: The run.
+        rewards: Further rewards by name, functions f(images, prompts) as `as_reward` takes them; a
+            name in `reward_funcs` or `held_out_rewards` means the one given here first. Those that
+            are named nowhere are added to `reward_funcs`.
+        token_mask: For GRPO: weights of tokens, from pictures and prompts.
+        progress: Show bars.
+
+    Raises:
+        UserError: For settings that do not fit together, and, with exit code 1, if a reward or the
+            training fails; the message names the last checkpoint.
+    """
+    from accelerate import PartialState
+
+    PartialState(cpu=not torch.accelerator.is_available())
+    model = open_model(config)
+    train_rewards, held_out = _open_rewards(config, rewards or {})
+    weights = config.reward_weights or (1.0,) * len(train_rewards)
+    method = _open_method(config, model, weights, token_mask)
+    modules: dict[str, nn.Module] = {"policy": model.policy.network}
+    if method.needs_reference and (copy := model.add_reference()) is not None:
+        modules["reference"] = copy
+    prompts = open_prompts(config.prompts, num_classes=model.num_classes)
+    watcher = _Watcher(config, model, prompts, train_rewards, weights, held_out)
+    report = None
+    if config.num_eval_prompts:
+        report = make_report(config, model, train_rewards, held_out, progress=progress)
+    watcher.before()
+    if config.pairs is None:
+        task: Any = _Online(config, model, method, prompts, train_rewards, weights)
+    else:
+        assert isinstance(method, DPO)
+        task = _Offline(config, model, method)
+    try:
+        result = fit(
+            config,
+            modules=modules,
+            optimizers={"policy": _optimizer(model.policy.network, config)},
+            load_batch=task.load_batch,
+            dataset_size=task.size,
+            losses=task.losses,
+            validate=watcher.validate if config.num_validation_prompts else None,
+            stop=watcher.stop,
+            state=watcher.monitor,
+            progress=progress,
+        )
+    except UserError as error:
+        last = latest_checkpoint(config.output_dir)
+        if error.exit_code == 2 or last is None or str(last) in str(error):
+            raise
+        raise UserError(f"{error} Last checkpoint: {last}.", exit_code=1) from error
+    final = result.ema_modules.get("policy", result.modules["policy"])
+    final.eval()
+    if processes.is_main():
+        model.save(final, Path(config.output_dir) / "model")
+    if report is not None:
+        report.finish(final, result)
+    return AlignResult(result, report)
+
+
+class _Online:
+    """Rollouts as the data of the loop."""
+
+    def __init__(
+        self,
+        config: AlignConfig,
+        model: AlignModel,
+        method: Method,
+        prompts: Sequence[Prompt],
+        rewards: Sequence[AnyReward],
+        weights: Sequence[float],
+    ) -> None:
+        self.config, self.model, self.method = config, model, method
+        self.prompts, self.rewards, self.weights = prompts, rewards, weights
+        self.each = method.items_per_group(config.num_generations)
+        self.groups = config.num_train_prompts or config.num_prompts
+        self.size = self.groups * self.each
+        batch = global_batch_size(config, processes.world_size())
+        if self.size % batch:
+            raise UserError(
+                f"a rollout gives {self.size} examples ({self.groups} groups of {self.each}), "
+                f"which {batch} per step (train_batch_size {config.train_batch_size} x "
+                f"gradient_accumulation_steps {config.gradient_accumulation_steps} x "
+                f"{processes.world_size()} processes) does not divide; choose divisors of "
+                f"{self.size}"
+            )
+        self.steps = config.num_iterations * self.size // batch
+        every = config.checkpointing_steps
+        if every is not None and every % self.steps:
+            raise UserError(
+                f"checkpointing_steps {every} lies within a rollout of {self.steps} steps, which "
+                f"a resumed run could not go on with; use a multiple of {self.steps}"
+            )
+        self.number, self.experience = -1, None
+
+    def load_batch(self, indices: np.ndarray, step: int) -> Int[Tensor, " b"]:
+        """Examples of the rollout of this step."""
+        return torch.from_numpy(indices)
+
+    def losses(
+        self, modules: Mapping[str, nn.Module], batch: Tensor, step: int
+    ) -> Iterator[tuple[str, Tensor, Mapping[str, float | Tensor]]]:
+        """The method's loss of some examples; draws the rollout that they belong to."""
+        if self.number != step // self.steps:
+            self.number = step // self.steps
+            self.experience = None  # free the old one first
+            self.experience = self._draw(step, modules["policy"])
+        assert self.experience is not None
+        metrics = self.experience.metrics
+        parts = self.method.losses(self.experience, batch, step, modules["policy"])
+        for loss, values in parts:
+            yield "policy", loss, {**metrics, **values}
+            metrics = {}
+
+    def _draw(self, step: int, network: nn.Module) -> Experience:
+        config = self.config
+        prompts = draw_prompts(self.prompts, config.num_prompts, config.seed, self.number)
+        rollout = collect(
+            self.model.policy,
+            self.rewards,
+            prompts,
+            config.num_generations,
+            (config.seed, self.number),
+            branch=self.method.branch(),
+            model_version=step,
+        )
+        total = total_reward(rollout.rewards, self.weights)
+        metrics = rollout_metrics(rollout, [r.name for r in self.rewards], total)
+        with torch.no_grad():
+            experience = self._kept(self.method.learn(rollout))
+            experience = self._old_logps(experience, network)
+        return replace(experience, metrics={**metrics, **experience.metrics})
+
+    def _kept(self, experience: Experience) -> Experience:
+        """The groups to train on: those with a signal first, then in the order of drawing."""
+        useful = experience.weights.view(-1, self.each).amax(1) > 0
+        order = torch.argsort(useful.logical_not().long(), stable=True)[: self.groups]
+        rows = (order[:, None] * self.each + torch.arange(self.each, device=order.device)).flatten()
+        shown = {"groups/useful": float(useful.float().mean())}
+        return replace(
+            experience,
+            items=experience.items[rows],
+            weights=experience.weights[rows],
+            metrics={**experience.metrics, **shown},
+        )
+
+    def _old_logps(self, experience: Experience, network: nn.Module) -> Experience:
+        """Log-probabilities of the rollout as training computes them.
+
+        Sampling with a cache and judging in one pass round differently, in bfloat16 by percents:
+        the first ratio would not be 1.
+        """
+        wanted = self.config.recompute_old_logps
+        if "old_logps" not in experience.columns or wanted is False:
+            return experience
+        if wanted is None and resolve_precision(self.config.mixed_precision) == "no":
+            return experience
+        columns = dict(experience.columns)
+        if self.steps == 1:  # the first judgement is the only one
+            del columns["old_logps"]
+            return replace(experience, columns=columns)
+        trajectory, size = experience.rollout.trajectory, self.config.train_batch_size
+        parts = []
+        with torch.enable_grad():  # the same kernels as in training
+            for start in range(0, len(trajectory), size):
+                part = trajectory.index(slice(start, start + size))
+                judged = self.model.policy.evaluate(part, network=bare(network))
+                parts.append(judged.logp.detach())
+        columns["old_logps"] = torch.cat(parts)
+        return replace(experience, columns=columns)
+
+
+class _Offline:
+    """Given pairs as the data of the loop."""
+
+    def __init__(self, config: AlignConfig, model: AlignModel, method: DPO) -> None:
+        assert config.pairs is not None
+        self.config, self.model, self.method = config, model, method
+        self.pairs = read_pairs(config.pairs, num_classes=model.num_classes)
+        self.size = len(self.pairs)
+        self.resolution = model.resolution
+
+    def load_batch(self, indices: np.ndarray, step: int) -> dict[str, Any]:
+        """Pictures and conditions of some pairs."""
+        return load_pairs(self.pairs, indices, self.resolution)
+
+    def losses(
+        self, modules: Mapping[str, nn.Module], batch: dict[str, Any], step: int
+    ) -> Iterator[tuple[str, Tensor, Mapping[str, float | Tensor]]]:
+        """The preference loss of some pairs."""
+        policy = self.model.policy
+        conditions = policy.encode([*batch["conditions"], *batch["conditions"]])
+        trajectory = policy.trajectory_of(batch["images"], conditions)
+        rows = batch["rows"].tolist() * 2
+        generators = sample_streams((self.config.seed, step), rows)
+        loss, metrics = self.method.pair_loss(trajectory, generators, modules["policy"])
+        yield "policy", loss, metrics
+
+
+class _Watcher:
+    """Draws the same few prompts again and again: a grid to look at, rewards, the early stop."""
+
+    def __init__(
+        self,
+        config: AlignConfig,
+        model: AlignModel,
+        prompts: Sequence[Prompt],
+        rewards: Sequence[AnyReward],
+        weights: Sequence[float],
+        held_out: Sequence[AnyReward],
+    ) -> None:
+        self.config, self.model = config, model
+        # The last prompts of the list: training reaches them last.
+        self.prompts = list(prompts)[::-1][: config.num_validation_prompts]
+        self.rewards, self.weights, self.held_out = rewards, weights, held_out
+        least = min(2, max(1, len(held_out)))
+        self.monitor = HeldOutMonitor(config.held_out_patience, least)
+        self._stop = False
+
+    def before(self) -> None:
+        """The grid of the model as it came."""
+        target = Path(self.config.output_dir, "samples", "step_00000000.png")
+        if self.config.num_validation_prompts and not target.exists():
+            self._measure(self.model.policy.network, 0)
+
+    def validate(self, modules: Mapping[str, nn.Module], step: int) -> dict[str, float]:
+        """Rewards and a grid by the current weights."""
+        values = self._measure(modules["policy"], step)
+        held_out = {r.name: values[f"held_out/{r.name}"] for r in self.held_out}
+        if held_out:
+            self._stop = self.monitor.update(values["reward"], held_out)
+        return values
+
+    def stop(self) -> bool:
+        """Whether the held-out rewards say that the reward is being gamed."""
+        if self._stop:
+            logger.warning(
+                "stopped: the reward rises while the held-out rewards (%s) fall",
+                ", ".join(r.name for r in self.held_out),
+            )
+        return self._stop
+
+    def _measure(self, network: nn.Module, step: int) -> dict[str, float]:
+        conditions = [prompt.condition for prompt in self.prompts]
+        seeds = list(range(_VALIDATION_SEED, _VALIDATION_SEED + len(conditions)))
+        images = self.model.draw(network, conditions, seeds)
+        columns = score_all([*self.rewards, *self.held_out], images, self.prompts)
+        total = total_reward(columns[:, : len(self.rewards)], self.weights)
+        values = {"reward": float(total.nanmean())}
+        for k, reward in enumerate(self.rewards):
+            values[f"rewards/{reward.name}/mean"] = float(columns[:, k].nanmean())
+        for k, reward in enumerate(self.held_out, len(self.rewards)):
+            values[f"held_out/{reward.name}"] = float(columns[:, k].nanmean())
+        if processes.is_main():
+            grid(self.config.output_dir, step, images, self.prompts, total)
+        return values
+
+
+def _open_rewards(
+    config: AlignConfig, given: Mapping[str, Any]
+) -> tuple[list[AnyReward], list[AnyReward]]:
+    """Rewards to train by, and those that are only watched."""
+    own = {name: as_reward(function, name) for name, function in given.items()}
+    named = {*config.reward_funcs, *config.held_out_rewards}
+    names = [*config.reward_funcs, *(name for name in own if name not in named)]
+    device = f"cuda:{processes.local_rank()}" if torch.cuda.is_available() else "cpu"
+
+    def opened(name: str) -> AnyReward:
+        return (
+            own[name] if name in own else open_reward(name, device=device, download=config.download)
+        )
+
+    if config.pairs is not None:
+        names = []
+    elif not names:
+        raise UserError('reward_funcs is empty; name a reward, for example "checker"')
+    given_weights = len(config.reward_weights)
+    if given_weights and given_weights != len(names):
+        raise UserError(
+            f"reward_weights has {given_weights} numbers for {len(names)} rewards: "
+            f"{', '.join(names)}"
+        )
+    train = [opened(name) for name in names]
+    return train, [opened(name) for name in config.held_out_rewards]
+
+
+def _open_method(
+    config: AlignConfig,
+    model: AlignModel,
+    weights: Sequence[float],
+    token_mask: TokenMask | None,
+) -> Method:
+    settings = getattr(config, config.method)
+    if token_mask is not None:
+        if config.method != "grpo":
+            raise UserError(f"token_mask is for method grpo, not {config.method}")
+        return GRPO(settings, model.policy, weights, token_mask)
+    return METHODS[config.method](settings, model.policy, weights)
+
+
+def _optimizer(network: nn.Module, config: AlignConfig) -> torch.optim.Optimizer:
+    return adamw(decay_groups(network.named_parameters()), config)

@@ -1,0 +1,56 @@
+"""`nextscale align`: fine-tune a generator by rewards."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from nextscale import processes
+from nextscale.cli.console import Interrupted, check_folder, number, table
+from nextscale.cli.flags import parse
+from nextscale.cli.recipes import to_yaml
+
+ABOUT = (
+    "Fine-tune a next-scale model or a diffusers pipeline by rewards. The recipe says the method, "
+    "the model, the prompts and the rewards. Runs under accelerate launch and torchrun: accelerate "
+    "launch -m nextscale align ..."
+)
+EXAMPLE = "nextscale align --config grpo-scenes --output_dir runs/grpo"
+
+
+def run(command: str, arguments: list[str]) -> int:
+    """Train, and print what changed."""
+    from nextscale.align.config import AlignConfig
+
+    config, output = parse(command, AlignConfig, arguments, about=ABOUT, example=EXAMPLE)
+    if output.print_config:
+        print(to_yaml(command, asdict(config)), end="")
+        return 0
+    check_folder(config.output_dir, empty=False)
+    from nextscale.align.train import align
+
+    try:
+        result = align(config, progress=output.bar())
+    except KeyboardInterrupt as error:
+        raise Interrupted(
+            f"interrupted; the checkpoints in {config.output_dir} are kept, continue with "
+            "--resume_from_checkpoint latest"
+        ) from error
+    if not processes.is_main():
+        return 0
+    record = result.report.record if result.report is not None else {}
+    if output.json:
+        output.figures({"output_dir": config.output_dir, "steps": result.fit.steps, **record})
+    elif not output.quiet:
+        rows = [
+            (name, *(number(side["value"]) for side in (row["before"], row["after"])))
+            for name, row in record.get("rewards", {}).items()
+            if row["before"] is not None
+        ]
+        if rows:
+            table(("reward", "before", "after"), rows)
+        minutes = result.fit.seconds / 60
+        output.say(
+            f"{result.fit.steps} steps in {minutes:.1f} minutes; model, report.md and samples in "
+            f"{config.output_dir}"
+        )
+    return 0

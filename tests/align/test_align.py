@@ -1,0 +1,474 @@
+"""`align` as a whole: learning, resuming, splitting, reports, and what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from torch import Tensor
+
+from nextscale.align import AlignConfig, align
+from nextscale.align.experience import collect
+from nextscale.align.methods.grpo import GRPO, GRPOConfig
+from nextscale.align.policies.next_scale import NextScalePolicy
+from nextscale.align.prompts import Prompt, draw_prompts, open_prompts
+from nextscale.align.report import compare
+from nextscale.align.rewards import as_reward
+from nextscale.errors import UserError
+from nextscale.pipeline import NextScalePipeline
+from nextscale.storage import read_tensors
+from nextscale.tokenizers import MultiscaleVQ
+from nextscale.var import NextScaleTransformer, SamplingConfig
+from nextscale.var.model_folder import save_model
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def model_folder(
+    tmp_path_factory: pytest.TempPathFactory,
+    build_model: Callable[..., NextScaleTransformer],
+    tiny_tokenizer: MultiscaleVQ,
+) -> Path:
+    """A random class-conditional model on disk."""
+    folder = tmp_path_factory.mktemp("model") / "model"
+    save_model(folder, tiny_tokenizer, build_model(), SamplingConfig(guidance_scale=1.5))
+    return folder
+
+
+def settings(folder: Path, model: Path, **changes: Any) -> AlignConfig:
+    values: dict[str, Any] = {
+        "output_dir": str(folder),
+        "model": str(model),
+        "prompts": ("classes",),
+        "eval_prompts": ("classes",),
+        "reward_funcs": ("brightness",),
+        "num_prompts": 4,
+        "num_generations": 4,
+        "train_batch_size": 8,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-3,
+        "max_train_steps": 4,
+        "checkpointing_steps": 2,
+        "logging_steps": 1,
+        "num_eval_prompts": 0,
+        "num_validation_prompts": 0,
+        "mixed_precision": "no",
+        "report_to": "none",
+    }
+    return AlignConfig(**{**values, **changes})
+
+
+def log(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return read_tensors(folder / "model" / "transformer" / "model.safetensors")
+
+
+# ---- learning ----------------------------------------------------------------------------------
+
+
+def count_of_first_code(policy: NextScalePolicy, trajectory: Any) -> Tensor:
+    """Pictures of one pixel: the share of tokens that are code 0."""
+    tokens = torch.cat(trajectory.actions, dim=1)
+    return (tokens == 0).float().mean(1)[:, None, None, None].expand(-1, 3, 1, 1)
+
+
+def brightness(images: Tensor, prompts: Sequence[int]) -> Tensor:
+    return images.mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("method", ["grpo", "dpo", "raft"])
+def test_a_toy_reward_is_learnt(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.setattr(NextScalePolicy, "decode", count_of_first_code)
+    config = settings(
+        tmp_path,
+        model_folder,
+        method=method,
+        reward_funcs=(),
+        num_generations=8,
+        train_batch_size={"grpo": 32}.get(method, 4),
+        gradient_accumulation_steps=1,
+        learning_rate=2e-2,
+        max_train_steps=60,
+        checkpointing_steps=None,
+        guidance_scale=1.0,
+    )
+    align(config, rewards={"zeros": brightness}, progress=False)
+    rewards = [line["rewards/zeros/mean"] for line in log(tmp_path)]
+    assert rewards[0] < 0.2
+    assert rewards[-1] > 0.9
+
+
+def test_a_random_reward_moves_nothing(tmp_path: Path, model_folder: Path) -> None:
+    """Its expected gradient is zero: the mean brightness stays within 3 standard errors."""
+    watched: list[Tensor] = []
+
+    def watch(images: Tensor, prompts: Sequence[int]) -> Tensor:
+        watched.append(images.mean((1, 2, 3)))
+        return torch.full((len(images),), 0.5)
+
+    config = settings(
+        tmp_path, model_folder, reward_funcs=("random",), learning_rate=1e-4, max_train_steps=20,
+        checkpointing_steps=None, num_generations=16, train_batch_size=32,
+    )  # fmt: skip
+    align(config, rewards={"watch": watch}, progress=False)
+    first, last = torch.cat(watched[:5]), torch.cat(watched[-5:])
+    error = (first.var() / len(first) + last.var() / len(last)).sqrt()
+    assert (first.mean() - last.mean()).abs() < 3 * error
+
+
+def test_the_first_ratio_is_one_and_the_log_has_the_usual_names(
+    tmp_path: Path, model_folder: Path
+) -> None:
+    config = settings(tmp_path, model_folder, num_iterations=2, grpo=GRPOConfig(beta=0.1))
+    align(config, progress=False)
+    first, second = log(tmp_path)[:2]
+    assert first["ratio/max_deviation"] < 1e-4
+    assert second["ratio/max_deviation"] > 1e-4
+    names = {
+        *("reward", "reward_std", "frac_reward_zero_std", "kl", "entropy"),
+        *("rewards/brightness/mean", "rewards/brightness/std"),
+        *("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"),
+    }
+    assert names <= first.keys()
+    assert first["kl"] < 1e-6 < second["kl"]
+
+
+def test_lower_precision_judges_rollouts_again(tmp_path: Path, model_folder: Path) -> None:
+    config = settings(tmp_path, model_folder, mixed_precision="bf16", num_iterations=2)
+    align(config, progress=False)
+    assert log(tmp_path)[0]["ratio/max_deviation"] < 1e-4
+
+
+# ---- equivalences ------------------------------------------------------------------------------
+
+
+def test_micro_batches_are_one_batch(tmp_path: Path, model_folder: Path) -> None:
+    small = {"train_batch_size": 4, "gradient_accumulation_steps": 4}
+    align(settings(tmp_path / "a", model_folder), progress=False)
+    align(settings(tmp_path / "b", model_folder, **small), progress=False)
+    for name, tensor in weights(tmp_path / "a").items():
+        torch.testing.assert_close(tensor, weights(tmp_path / "b")[name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["grpo", "dpo"])
+def test_a_resumed_run_is_the_unbroken_one(tmp_path: Path, model_folder: Path, method: str) -> None:
+    changes: dict[str, Any] = {"method": method, "num_validation_prompts": 2}
+    if method == "dpo":
+        changes |= {"train_batch_size": 2}
+    whole = settings(tmp_path / "whole", model_folder, **changes)
+    align(whole, progress=False)
+    part = settings(tmp_path / "part", model_folder, **changes)
+    from dataclasses import replace
+
+    align(replace(part, max_train_steps=2), progress=False)
+    align(replace(part, resume_from_checkpoint="latest"), progress=False)
+    for name, tensor in weights(tmp_path / "whole").items():
+        assert torch.equal(tensor, weights(tmp_path / "part")[name]), name
+    keys = ("step", "loss", "reward", "grad_norm")
+    whole_log = [[line.get(k) for k in keys] for line in log(tmp_path / "whole")]
+    assert whole_log[-2:] == [[line.get(k) for k in keys] for line in log(tmp_path / "part")][-2:]
+
+
+def test_two_processes_are_one(tmp_path: Path, model_folder: Path) -> None:
+    config = settings(
+        tmp_path / "one", model_folder, reward_funcs=("brightness", "jpeg_compressibility")
+    )
+    align(config, progress=False)
+    recipe = yaml.safe_load((tmp_path / "one" / "recipe.yaml").read_text())
+    recipe |= {"output_dir": str(tmp_path / "two"), "train_batch_size": 4}
+    path = tmp_path / "two.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*command, "-m", "nextscale", "align", "--config", str(path)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    for one, two in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
+        assert two["reward"] == pytest.approx(one["reward"], rel=1e-4)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+    for name, tensor in weights(tmp_path / "one").items():
+        torch.testing.assert_close(tensor, weights(tmp_path / "two")[name], atol=1e-4, rtol=1e-3)
+
+
+# ---- methods -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def policy(
+    build_model: Callable[..., NextScaleTransformer], tiny_tokenizer: MultiscaleVQ
+) -> NextScalePolicy:
+    """Random, without guidance."""
+    return NextScalePolicy(NextScalePipeline(tiny_tokenizer, build_model()))
+
+
+def rollout(policy: NextScalePolicy, method: Any, groups: int = 3, size: int = 2) -> Any:
+    prompts = [Prompt(i, {}) for i in range(groups)]
+    rewards = [as_reward(brightness, "brightness")]
+    return collect(policy, rewards, prompts, size, (0, 0), branch=method.branch())
+
+
+def test_vmr_judges_the_prefix_by_its_completions(policy: NextScalePolicy) -> None:
+    method = GRPO(GRPOConfig(credit="vmr", vmr_scale=2, vmr_samples=3), policy, [1.0])
+    drawn = rollout(policy, method)
+    assert len(drawn.trajectory) == 3 * 2 * 3
+    prefix = torch.cat(drawn.trajectory.actions[:2], dim=1).view(6, 3, -1)
+    assert bool((prefix == prefix[:, :1]).all())
+    advantages = method.learn(drawn).columns["advantages"].view(6, 3, -1)
+    assert bool((advantages[:, :, :5] == advantages[:, :1, :1]).all())  # 1 + 4 tokens
+    assert not torch.allclose(advantages[:, 0, 5:], advantages[:, 1, 5:])
+    best = drawn.rewards.view(3, 2, 3).exp().mean(2).argmax(1)
+    assert torch.equal(advantages[:, 0, 0].view(3, 2).argmax(1), best)
+
+
+def test_vmr_can_alternate(policy: NextScalePolicy) -> None:
+    config = GRPOConfig(credit="vmr", vmr_scale=2, vmr_alternate=True)
+    method = GRPO(config, policy, [1.0])
+    drawn = rollout(policy, method)
+    from dataclasses import replace
+
+    for number, early in ((0, True), (1, False)):
+        a = method.learn(replace(drawn, key=(0, number))).columns["advantages"]
+        assert bool(a[:, :5].any()) == early
+        assert bool(a[:, 5:].any()) != early
+
+
+def test_a_token_mask_says_which_tokens_learn(policy: NextScalePolicy) -> None:
+    def only_the_first(images: Tensor, prompts: Sequence[Any]) -> Tensor:
+        mask = torch.zeros(len(images), 30)
+        mask[:, 0] = 1
+        return mask
+
+    def gradient(mask: Any, **changes: Any) -> Tensor:
+        method = GRPO(GRPOConfig(**changes), policy, [1.0], mask)
+        experience = method.learn(rollout(policy, method))
+        policy.model.zero_grad()
+        (loss, _), = method.losses(experience, torch.arange(6), 0, policy.model)  # fmt: skip
+        loss.backward()
+        assert policy.model.head.weight.grad is not None
+        return policy.model.head.weight.grad.clone()
+
+    masked = gradient(only_the_first)
+    by_weight = gradient(None, scale_weights=(1.0, 0.0, 0.0, 0.0))
+    torch.testing.assert_close(masked, by_weight)
+    assert not torch.allclose(masked, gradient(None))
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "exact"])
+def test_every_kl_estimator_pulls_back_to_the_reference(
+    tmp_path: Path, model_folder: Path, estimator: str
+) -> None:
+    """With a strong pull and a vanishing reward the policy stays nearer than without."""
+    moved = []
+    for beta in (0.0, 3.0):
+        folder = tmp_path / str(beta)
+        grpo = GRPOConfig(beta=beta, kl_estimator=estimator)
+        config = settings(folder, model_folder, grpo=grpo, max_train_steps=8,
+                          num_generations=8, train_batch_size=16, seed=1)  # fmt: skip
+        align(config, progress=False)
+        base = read_tensors(model_folder / "transformer" / "model.safetensors")
+        change = [(t - base[n]).square().sum() for n, t in weights(folder).items()]
+        moved.append(float(torch.stack(change).sum()))
+    assert moved[1] != moved[0]
+    if estimator in ("k2", "exact"):
+        assert moved[1] < 1.05 * moved[0]
+
+
+def test_offline_pairs_are_learnt(tmp_path: Path, model_folder: Path) -> None:
+    for name, value in (("light", 230), ("dark", 20)):
+        Image.new("RGB", (8, 8), (value, value, value)).save(tmp_path / f"{name}.png")
+    lines = [
+        {"class_label": i % 3, "chosen": "light.png", "rejected": "dark.png"} for i in range(8)
+    ]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    config = settings(tmp_path / "run", model_folder, method="dpo", pairs=str(path),
+                      train_batch_size=4, learning_rate=3e-3, max_train_steps=20,
+                      checkpointing_steps=None)  # fmt: skip
+    align(config, progress=False)
+    lines = log(tmp_path / "run")
+    assert lines[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert lines[-1]["loss"] < 0.3
+    assert lines[-1]["rewards/accuracies"] == 1
+
+
+# ---- what is left behind -----------------------------------------------------------------------
+
+
+def test_a_run_leaves_a_report_pictures_and_a_model(tmp_path: Path, model_folder: Path) -> None:
+    config = settings(
+        tmp_path, model_folder, num_eval_prompts=3, num_eval_images=2, num_validation_prompts=2,
+        held_out_rewards=("jpeg_compressibility",), use_ema=True, ema_decay=0.5,
+    )  # fmt: skip
+    result = align(config, progress=False)
+    record = json.loads((tmp_path / "report.json").read_text())
+    assert result.report is not None
+    assert record == result.report.record
+    assert set(record["rewards"]) == {"brightness", "jpeg_compressibility"}
+    row = record["rewards"]["brightness"]
+    assert row["difference"]["value"] == pytest.approx(
+        row["after"]["value"] - row["before"]["value"]
+    )
+    assert len(record["kl"]["per_step"]) == 4
+    assert record["kl"]["total"] > 0
+    assert "fd_scenes" not in record  # the pictures are no scenes
+    for name in ("report.md", "before_after.png", "samples/step_00000000.png"):
+        assert (tmp_path / name).stat().st_size > 0
+    tuned = NextScalePipeline.from_pretrained(tmp_path / "model", dtype="float32")
+    assert tuned.generation.guidance_scale == 1.5
+
+
+def test_a_lora_is_used_and_refused_on_another_base(
+    tmp_path: Path, model_folder: Path, build_model: Any, tiny_tokenizer: MultiscaleVQ
+) -> None:
+    config = settings(tmp_path, model_folder, lora_rank=2, grpo=GRPOConfig(beta=0.1))
+    align(config, progress=False)
+    pipe = NextScalePipeline.from_pretrained(model_folder, dtype="float32")
+    plain = pipe(class_labels=[0, 1], seed=0, output_type="pt").images
+    pipe.load_lora(tmp_path / "model", scale=8.0)
+    tuned = pipe(class_labels=[0, 1], seed=0, output_type="pt").images
+    assert not torch.equal(plain, tuned)
+    pipe.unload_lora()
+    assert torch.equal(pipe(class_labels=[0, 1], seed=0, output_type="pt").images, plain)
+    other = NextScalePipeline(tiny_tokenizer, build_model(seed=9))
+    with pytest.raises(UserError, match="other weights"):
+        other.load_lora(tmp_path / "model")
+
+
+def test_a_paired_comparison() -> None:
+    before = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0, 0.0])
+    after = torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0, 1.0])
+    found = compare(before, after, torch.tensor([0, 0, 1, 1, 2, 2]))
+    assert found["mcnemar"] == {"gained": 4, "lost": 1, "p": pytest.approx(0.375)}
+    assert found["difference"]["value"] == pytest.approx(0.5)
+    low, high = found["difference"]["ci95"]
+    assert low < 0.5 < high
+
+
+# ---- prompts and bad input ---------------------------------------------------------------------
+
+
+def test_prompts_come_from_files_and_worlds_in_turns(tmp_path: Path) -> None:
+    (tmp_path / "own.txt").write_text("one\n\ntwo\n")
+    lines = [{"prompt": "three", "text": "hi"}, {"prompt": "four"}]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found = open_prompts([str(tmp_path / "own.txt"), str(tmp_path / "own.jsonl")])
+    assert [p.condition for p in found] == ["one", "three", "two", "four"]
+    assert found[1].metadata == {"text": "hi"}
+    benchmark = {p.condition for p in open_prompts(["benchmark:hard", "benchmark:standard"])}
+    training = open_prompts(["scenes:hard", "scenes:standard"])
+    assert not benchmark & {p.condition for p in training}
+    drawn = [p.condition for n in range(2) for p in draw_prompts(found, 2, 0, n)]
+    assert sorted(drawn) == ["four", "one", "three", "two"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("nonsense", "line 1: not a JSON object"), ('{"text": 1}', 'needs either "prompt"')],
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "own.jsonl").write_text(line)
+    with pytest.raises(UserError, match=message):
+        open_prompts([str(tmp_path / "own.jsonl")])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_batch_size": 6}, "does not divide; choose divisors of 16"),
+        ({"num_generations": 1}, "a group of one has nothing to be compared with"),
+        ({"checkpointing_steps": 3, "train_batch_size": 4}, "lies within a rollout of 2 steps"),
+        ({"prompts": ("scenes:hard",)}, "takes class labels"),
+        ({"prompts": ("nothing",)}, "is no source"),
+        ({"reward_weights": (1.0, 2.0)}, "2 numbers for 1 rewards: brightness"),
+        ({"reward_funcs": ()}, "reward_funcs is empty"),
+        ({"reward_funcs": ("britness",)}, "Did you mean brightness"),
+        ({"top_k": 3, "logp_space": "behaviour"}, "no importance ratio"),
+        ({"lora_rank": 2, "lora_target_modules": ("nowhere",)}, "lora_target_modules"),
+        ({"method": "ppo"}, "be one of grpo, dpo, raft"),
+        ({"pairs": "missing.jsonl", "method": "dpo"}, "does not exist"),
+        ({"num_train_prompts": 9}, "be at most num_prompts 4"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_the_first_step(
+    tmp_path: Path, model_folder: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        align(settings(tmp_path / "run", model_folder, **changes), progress=False)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_pair_file_with_missing_pictures_names_them(tmp_path: Path, model_folder: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({"class_label": 0, "chosen": "a.png", "rejected": "b.png"}))
+    config = settings(tmp_path / "run", model_folder, method="dpo", pairs=str(path))
+    with pytest.raises(UserError, match="2 pictures are missing"):
+        align(config, progress=False)
+
+
+def failing(images: Tensor, prompts: Sequence[Any]) -> Tensor:
+    failing.calls += 1  # pyright: ignore[reportFunctionMemberAccess]
+    if failing.calls > 3:  # pyright: ignore[reportFunctionMemberAccess]
+        raise RuntimeError("the server is gone")
+    return images.mean((1, 2, 3))
+
+
+def test_a_reward_that_fails_later_names_the_last_checkpoint(
+    tmp_path: Path, model_folder: Path
+) -> None:
+    failing.calls = 0  # pyright: ignore[reportFunctionMemberAccess]
+    config = settings(tmp_path, model_folder, reward_funcs=())
+    with pytest.raises(UserError, match=r"the server is gone.*Last checkpoint: .*step_0") as e:
+        align(config, rewards={"remote": failing}, progress=False)
+    assert e.value.exit_code == 1
+
+
+def test_unscorable_samples_do_not_stop_a_run(tmp_path: Path, model_folder: Path) -> None:
+    def some(images: Tensor, prompts: Sequence[Any]) -> list[float | None]:
+        values = images.mean((1, 2, 3)).tolist()
+        return [None if i % 3 == 0 else v for i, v in enumerate(values)]
+
+    align(settings(tmp_path, model_folder, reward_funcs=()), rewards={"some": some}, progress=False)
+    line = log(tmp_path)[0]
+    assert line["rewards/some/unscorable"] == pytest.approx(6 / 16)
+    assert line["grad_norm"] > 0
+
+
+def test_a_falling_held_out_reward_stops_the_run(tmp_path: Path, model_folder: Path) -> None:
+    calls = {"up": 0, "down": 0}
+
+    def up(images: Tensor, prompts: Sequence[Any]) -> Tensor:
+        calls["up"] += 1
+        return images.mean((1, 2, 3)) + calls["up"]
+
+    def down(images: Tensor, prompts: Sequence[Any]) -> Tensor:
+        calls["down"] += 1
+        return images.mean((1, 2, 3)) - calls["down"]
+
+    config = settings(
+        tmp_path, model_folder, reward_funcs=("up",), held_out_rewards=("down",),
+        held_out_patience=2, num_validation_prompts=2, validation_steps=1, max_train_steps=10,
+        checkpointing_steps=None,
+    )  # fmt: skip
+    result = align(config, rewards={"up": up, "down": down}, progress=False)
+    assert result.fit.steps == 3
+    assert result.fit.checkpoint is not None
+    assert result.fit.checkpoint.name == "step_00000003"
