@@ -42,8 +42,8 @@ class AlignConfig(TrainingConfig):
     pairs: str | None = None
     """DPO on given pairs instead of rollouts: a .jsonl of {"prompt" or "class_label", "chosen",
     "rejected"}, the last two paths of pictures, relative to the file."""
-    reward_funcs: tuple[str, ...] = ("checker",)
-    """Rewards by name, see `nextscale align --help` and docs/align.md."""
+    reward_funcs: tuple[str, ...] = ()
+    """Rewards by name, see docs/align.md; with `pairs` they are only measured."""
     reward_weights: tuple[float, ...] = ()
     """One per reward; empty: all 1."""
     held_out_rewards: tuple[str, ...] = ()

@@ -176,9 +176,8 @@ class DiffusionModel:
         self.resolution = (side, side)
         labels = getattr(self.pipe, "labels", None)
         self.num_classes = len(set(labels.values())) if labels else _classes_of(self.pipe)
-        self.grammar = None
-        if "nextscale_grammar" in self.pipe.config:
-            self.grammar = self.pipe.config["nextscale_grammar"]
+        own = folder / "nextscale.json"  # of `nextscale train diffusion`
+        self.grammar = storage.read_json(own).get("grammar") if own.is_file() else None
         if config.lora_rank:
             targets = config.lora_target_modules or _DIFFUSION_TARGETS
             _add_diffusers_lora(network, config, targets)

@@ -139,6 +139,8 @@ def score_all(
     rewards: Sequence[AnyReward], images: Float[Tensor, "b 3 H W"], prompts: Sequence[Prompt]
 ) -> Float[Tensor, "b k"]:
     """Rewards of pictures on the CPU; groups are equal prompts."""
+    if not rewards:
+        return images.new_zeros(len(images), 0)
     conditions = [prompt.condition for prompt in prompts]
     columns, _ = score(rewards, images, conditions, [prompt.metadata for prompt in prompts])
     numbers = {condition: i for i, condition in enumerate(dict.fromkeys(conditions))}

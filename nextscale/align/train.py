@@ -84,7 +84,8 @@ def align(
     if method.needs_reference and (copy := model.add_reference()) is not None:
         modules["reference"] = copy
     prompts = open_prompts(config.prompts, num_classes=model.num_classes)
-    watcher = _Watcher(config, model, prompts, train_rewards, weights, held_out)
+    watched, prompts = _hold_out(prompts, config.num_validation_prompts)
+    watcher = _Watcher(config, model, watched, train_rewards, weights, held_out)
     report = None
     if config.num_eval_prompts:
         report = make_report(config, model, train_rewards, held_out, progress=progress)
@@ -273,8 +274,7 @@ class _Watcher:
         held_out: Sequence[AnyReward],
     ) -> None:
         self.config, self.model = config, model
-        # The last prompts of the list: training reaches them last.
-        self.prompts = list(prompts)[::-1][: config.num_validation_prompts]
+        self.prompts = list(prompts)
         self.rewards, self.weights, self.held_out = rewards, weights, held_out
         least = min(2, max(1, len(held_out)))
         self.monitor = HeldOutMonitor(config.held_out_patience, least)
@@ -333,9 +333,7 @@ def _open_rewards(
             own[name] if name in own else open_reward(name, device=device, download=config.download)
         )
 
-    if config.pairs is not None:
-        names = []
-    elif not names:
+    if not names and config.pairs is None:
         raise UserError('reward_funcs is empty; name a reward, for example "checker"')
     given_weights = len(config.reward_weights)
     if given_weights and given_weights != len(names):
@@ -343,8 +341,14 @@ def _open_rewards(
             f"reward_weights has {given_weights} numbers for {len(names)} rewards: "
             f"{', '.join(names)}"
         )
-    train = [opened(name) for name in names]
-    return train, [opened(name) for name in config.held_out_rewards]
+    return [opened(name) for name in names], [opened(name) for name in config.held_out_rewards]
+
+
+def _hold_out(prompts: Sequence[Prompt], count: int) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
+    """Prompts to watch, and those to train on: the others, if there are enough of them."""
+    if len(prompts) >= 2 * count:
+        return prompts[len(prompts) - count :], prompts[: len(prompts) - count]
+    return prompts[:count], prompts
 
 
 def _open_method(

@@ -405,6 +405,7 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
         ({"lora_rank": 2, "lora_target_modules": ("nowhere",)}, "lora_target_modules"),
         ({"method": "ppo"}, "be one of grpo, dpo, raft"),
         ({"pairs": "missing.jsonl", "method": "dpo"}, "does not exist"),
+        ({"pairs": "missing.jsonl"}, "pairs are for method dpo"),
         ({"num_train_prompts": 9}, "be at most num_prompts 4"),
     ],
 )

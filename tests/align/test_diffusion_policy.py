@@ -13,7 +13,8 @@ from torch import Tensor
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
-from align.tiny_pipelines import (
+from peft import LoraConfig
+from tiny_pipelines import (
     FAMILIES,
     PIXELS,
     PROMPTS,
@@ -24,7 +25,6 @@ from align.tiny_pipelines import (
     sd3,
     stable_diffusion,
 )
-from peft import LoraConfig
 
 from nextscale.align.policies.diffusion import DiffusionPolicy
 from nextscale.align.policies.saving import save_diffusion

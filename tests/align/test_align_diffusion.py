@@ -1,0 +1,116 @@
+"""`align` on diffusers pipelines: every method, LoRA, what is left behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import tiny_pipelines
+import torch
+
+from nextscale.align import AlignConfig, align
+from nextscale.align.config import DiffusionSettings
+from nextscale.align.methods.dpo import DPOConfig
+from nextscale.align.methods.grpo import GRPOConfig
+from nextscale.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Stable Diffusion on disk."""
+    folder = tmp_path_factory.mktemp("pipe") / "pipe"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tiny_pipelines.stable_diffusion().save_pretrained(folder)
+    return folder
+
+
+def settings(folder: Path, model: Path, **changes: Any) -> AlignConfig:
+    prompts = folder.with_suffix(".txt")
+    prompts.write_text("red\ngreen\nblue\n")
+    values: dict[str, Any] = {
+        "output_dir": str(folder),
+        "model": str(model),
+        "prompts": (str(prompts),),
+        "eval_prompts": (str(prompts),),
+        "reward_funcs": ("brightness",),
+        "diffusion": DiffusionSettings(num_inference_steps=3),
+        "num_prompts": 2,
+        "num_generations": 4,
+        "train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-3,
+        "max_train_steps": 2,
+        "checkpointing_steps": None,
+        "logging_steps": 1,
+        "num_eval_prompts": 0,
+        "num_validation_prompts": 0,
+        "mixed_precision": "no",
+        "report_to": "none",
+        "grpo": GRPOConfig(epsilon=1e-4),
+        "dpo": DPOConfig(beta=100.0),
+    }
+    return AlignConfig(**{**values, **changes})
+
+
+def log(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("method", ["grpo", "dpo", "raft"])
+def test_every_method_trains_a_pipeline_that_diffusers_opens(
+    tmp_path: Path, pipeline_folder: Path, method: str
+) -> None:
+    small = {"train_batch_size": 1} if method != "grpo" else {}
+    config = settings(tmp_path / "run", pipeline_folder, method=method, **small)
+    align(config, progress=False)
+    lines = log(tmp_path / "run")
+    assert all(line["grad_norm"] > 0 for line in lines)
+    if method == "grpo":
+        assert lines[0]["ratio/max_deviation"] < 1e-4
+    base = diffusers.StableDiffusionPipeline.from_pretrained(pipeline_folder)
+    tuned = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "run" / "model")
+    pairs = zip(tuned.unet.parameters(), base.unet.parameters(), strict=True)
+    assert any(not torch.equal(one, other) for one, other in pairs)
+    for part in ("vae", "text_encoder"):
+        for name, tensor in getattr(tuned, part).state_dict().items():
+            assert torch.equal(tensor, getattr(base, part).state_dict()[name])
+
+
+@pytest.mark.parametrize("chunk", [2, 3])
+def test_the_steps_at_once_change_no_gradient(
+    tmp_path: Path, pipeline_folder: Path, chunk: int
+) -> None:
+    norms = []
+    for size in (1, chunk):
+        grpo = GRPOConfig(epsilon=1e-4, chunk_steps=size, beta=0.1)
+        config = settings(tmp_path / str(size), pipeline_folder, grpo=grpo, max_train_steps=1)
+        align(config, progress=False)
+        norms.append(log(tmp_path / str(size))[0]["grad_norm"])
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+
+
+def test_a_lora_loads_in_diffusers_and_the_report_has_a_kl_per_step(
+    tmp_path: Path, pipeline_folder: Path
+) -> None:
+    config = settings(
+        tmp_path / "run", pipeline_folder, lora_rank=2, num_eval_prompts=2, num_eval_images=1,
+        grpo=GRPOConfig(epsilon=1e-4, beta=0.1, kl_estimator="exact"), num_validation_prompts=1,
+    )  # fmt: skip
+    align(config, progress=False)
+    record = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert len(record["kl"]["per_step"]) == 3
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(pipeline_folder)
+    pipe.load_lora_weights(tmp_path / "run" / "model")
+    assert any("lora" in name for name, _ in pipe.unet.named_parameters())
+
+
+def test_a_scheduler_without_log_probability_is_said(tmp_path: Path) -> None:
+    pipe = tiny_pipelines.stable_diffusion()
+    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    pipe.save_pretrained(tmp_path / "pipe")
+    with pytest.raises(UserError, match=r"EulerDiscreteScheduler.*DDIMScheduler\.from_config"):
+        align(settings(tmp_path / "run", tmp_path / "pipe"), progress=False)
