@@ -17,11 +17,12 @@ from nextscale.align.references import AdapterOff, FrozenCopy
 from nextscale.align.trajectory import Policy
 from nextscale.errors import UserError, missing_extra
 from nextscale.pipeline import NextScalePipeline
-from nextscale.streams import image_stream
+from nextscale.streams import image_stream, stream
 from nextscale.training.session import resolve_precision
 from nextscale.var.lora import DEFAULT_TARGETS, add_lora, save_lora
 from nextscale.var.model_folder import save_model
 
+_ABOUT = "nextscale.json"  # what `nextscale train diffusion` adds to a pipeline's folder
 _DIFFUSION_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -64,9 +65,11 @@ def open_model(config: AlignConfig) -> AlignModel:
     device = torch.device(f"cuda:{processes.local_rank()}" if torch.cuda.is_available() else "cpu")
     folder = storage.resolve_model(config.model)
     about = storage.read_json(folder / "model_index.json")
-    if "_class_name" in about:  # diffusers' own key
-        return DiffusionModel(config, folder, device)
-    return NextScaleModel(config, device)
+    with torch.random.fork_rng():
+        torch.manual_seed(stream(config.seed).initial_seed())  # of a new LoRA
+        if "_class_name" in about:  # diffusers' own key
+            return DiffusionModel(config, folder, device)
+        return NextScaleModel(config, device)
 
 
 class NextScaleModel:
@@ -146,12 +149,15 @@ class DiffusionModel:
     def __init__(self, config: AlignConfig, folder: Path, device: torch.device) -> None:
         try:
             from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+            from diffusers.utils import logging as bars
         except ImportError as error:
             raise missing_extra(f"{config.model} is a diffusers pipeline", "align") from error
         from nextscale.align.policies.diffusion import DiffusionPolicy
 
         self.config = config
-        self.pipe: Any = DiffusionPipeline.from_pretrained(folder).to(device)
+        bars.disable_progress_bar()  # of loading, which takes a second
+        self.pipe: Any = DiffusionPipeline.from_pretrained(folder, local_files_only=True).to(device)
+        bars.enable_progress_bar()
         self.pipe.set_progress_bar_config(disable=True)
         for module in self.pipe.components.values():
             if isinstance(module, nn.Module):
@@ -176,7 +182,7 @@ class DiffusionModel:
         self.resolution = (side, side)
         labels = getattr(self.pipe, "labels", None)
         self.num_classes = len(set(labels.values())) if labels else _classes_of(self.pipe)
-        own = folder / "nextscale.json"  # of `nextscale train diffusion`
+        own = folder / _ABOUT
         self.grammar = storage.read_json(own).get("grammar") if own.is_file() else None
         if config.lora_rank:
             targets = config.lora_target_modules or _DIFFUSION_TARGETS
@@ -206,6 +212,8 @@ class DiffusionModel:
 
         with self._using(network):
             save_diffusion(self.pipe, folder, lora=self.config.lora_rank > 0)
+        if self.grammar is not None and not self.config.lora_rank:
+            storage.write_json(folder / _ABOUT, {"grammar": self.grammar})
 
     @contextlib.contextmanager
     def _using(self, network: nn.Module) -> Iterator[None]:

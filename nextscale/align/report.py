@@ -43,6 +43,7 @@ class Report:
         config: The run.
         model: Draws.
         prompts: One per picture, `num_eval_images` in a row.
+        sources: Rows of each source of prompts.
         rewards: Those that were trained, then those that were watched.
         before: uint8 [n, 3, H, W].
         record: Filled by `finish`; what report.json holds.
@@ -51,14 +52,15 @@ class Report:
     config: AlignConfig
     model: AlignModel
     prompts: list[Prompt]
+    sources: dict[str, slice]
     rewards: list[AnyReward]
     before: Tensor
     progress: bool
     record: dict[str, Any]
 
-    def finish(self, network: nn.Module, result: FitResult) -> None:
+    def finish(self, final: nn.Module, result: FitResult) -> None:
         """Draw again, measure both sides, write report.json, report.md and the grid."""
-        after = _draw(self.config, self.model, network, self.prompts, self.progress)
+        after = _draw(self.config, self.model, final, self.prompts, self.progress)
         sides = {"before": self.before, "after": after}
         columns = {
             name: score_all(self.rewards, images.float() / 255, self.prompts)
@@ -66,38 +68,54 @@ class Report:
         }
         if not processes.is_main():
             return
-        groups = torch.arange(len(self.prompts)) // self.config.num_eval_images
+        network, reference = _features_of(self.config, self.model), None
+        if network is not None:
+            reference = _reference(self.config, self.model)
         self.record = {
             "method": self.config.method,
             "model": self.config.model,
             "steps": result.steps,
             "minutes": round(result.seconds / 60, 2),
-            "prompts": list(self.config.eval_prompts),
-            "num_prompts": int(groups.max()) + 1,
             "images_per_prompt": self.config.num_eval_images,
-            "rewards": {
-                reward.name: compare(columns["before"][:, k], columns["after"][:, k], groups)
-                for k, reward in enumerate(self.rewards)
-            },
-            **self._of_sets(sides, groups),
-            "kl": _kl_per_step(self.config, self.model, network, self.prompts),
+            "prompts": {},
+            "kl": _kl_per_step(self.config, self.model, network=final, prompts=self.prompts),
         }
+        for name, rows in self.sources.items():
+            own = {side: values[rows] for side, values in columns.items()}
+            pictures = {side: images[rows] for side, images in sides.items()}
+            self.record["prompts"][name] = {
+                "num_prompts": len(pictures["before"]) // self.config.num_eval_images,
+                "rewards": self._of_rewards(own),
+                **self._of_sets(pictures, network, reference),
+            }
         folder = Path(self.config.output_dir)
         storage.write_json(folder / "report.json", self.record)
         storage.write_bytes(folder / "report.md", _markdown(self.record).encode())
-        _before_after(folder / "before_after.png", sides, self.prompts, groups)
+        _before_after(folder / "before_after.png", sides, self.prompts, self._groups(sides))
 
-    def _of_sets(self, sides: dict[str, Tensor], groups: Tensor) -> dict[str, Any]:
+    def _groups(self, sides: dict[str, Tensor]) -> Int[Tensor, " n"]:
+        """Prompt of each picture."""
+        return torch.arange(len(sides["before"])) // self.config.num_eval_images
+
+    def _of_rewards(self, columns: dict[str, Tensor]) -> dict[str, Any]:
+        """Each reward before and after."""
+        groups = self._groups(columns)
+        return {
+            reward.name: compare(columns["before"][:, k], columns["after"][:, k], groups)
+            for k, reward in enumerate(self.rewards)
+        }
+
+    def _of_sets(
+        self, sides: dict[str, Tensor], network: Network | None, reference: Any
+    ) -> dict[str, Any]:
         """Diversity within prompts, and the Fréchet distance to true pictures."""
         found: dict[str, Any] = {}
-        network = _features_of(self.config, self.model)
         if network is None:
             return found
-        features = {name: _features(network, images) for name, images in sides.items()}
         if self.config.num_eval_images > 1:
-            within = {name: _vendi_within(f, groups) for name, f in features.items()}
+            groups = self._groups(sides)
+            within = {n: _vendi_within(_features(network, x), groups) for n, x in sides.items()}
             found["vendi_within_prompt"] = compare(within["before"], within["after"], None)
-        reference = _reference(self.config, self.model)
         if reference is not None:
             from nextscale.eval import evaluate
 
@@ -119,9 +137,13 @@ def make_report(
     progress: bool,
 ) -> Report:
     """Draw the pictures of the report by the model as it came; a resumed run reads them again."""
-    asked = [open_prompts([name], num_classes=model.num_classes) for name in config.eval_prompts]
-    chosen = [prompt for part in asked for prompt in part[: config.num_eval_prompts]]
-    prompts = [prompt for prompt in chosen for _ in range(config.num_eval_images)]
+    prompts: list[Prompt] = []
+    sources = {}
+    for name in config.eval_prompts:
+        asked = open_prompts([name], num_classes=model.num_classes)[: config.num_eval_prompts]
+        first = len(prompts)
+        prompts += [prompt for prompt in asked for _ in range(config.num_eval_images)]
+        sources[name] = slice(first, len(prompts))
     path = Path(config.output_dir, "before.safetensors")
     if path.is_file():
         before = storage.read_tensors(path)["images"]
@@ -132,7 +154,8 @@ def make_report(
             storage.write_tensors(path, {"images": before})
         if processes.world_size() > 1:
             processes.barrier()
-    return Report(config, model, prompts, [*rewards, *held_out], before, progress, {})
+    watched = [*rewards, *held_out]
+    return Report(config, model, prompts, sources, watched, before, progress, {})
 
 
 def score_all(
@@ -275,7 +298,7 @@ def _reference(config: AlignConfig, model: AlignModel) -> Any:
 
 
 def _kl_per_step(
-    config: AlignConfig, model: AlignModel, network: nn.Module, prompts: Sequence[Prompt]
+    config: AlignConfig, model: AlignModel, *, network: nn.Module, prompts: Sequence[Prompt]
 ) -> dict[str, Any]:
     """Exact KL(tuned || base) in nats per sample, of each scale or denoising step.
 
@@ -333,35 +356,37 @@ def _before_after(
 
 
 def _markdown(record: dict[str, Any]) -> str:
-    """The record as a table."""
+    """The record as tables."""
     lines = [
         f"{record['method']} on {record['model']}: {record['steps']} steps, "
-        f"{record['minutes']} minutes; {record['num_prompts']} prompts of "
-        f"{', '.join(record['prompts'])}, {record['images_per_prompt']} pictures each.",
-        "",
-        "| | before | after | difference |",
-        "|---|---|---|---|",
+        f"{record['minutes']} minutes; {record['images_per_prompt']} pictures per prompt.",
     ]
-    rows = dict(record["rewards"])
-    if "vendi_within_prompt" in record:
-        rows["Vendi score within prompt"] = record["vendi_within_prompt"]
+    for source, found in record["prompts"].items():
+        title = f"{source}, {found['num_prompts']} prompts"
+        lines += ["", f"| {title} | before | after | difference |", "|---|---|---|---|"]
+        lines += _rows(found)
+    steps = " ".join(f"{value:.3g}" for value in record["kl"]["per_step"])
+    lines += ["", f"KL from the base, nats per sample, by scale or step: {steps}."]
+    return "\n".join(lines) + "\n"
+
+
+def _rows(found: dict[str, Any]) -> list[str]:
+    rows, lines = dict(found["rewards"]), []
+    if "vendi_within_prompt" in found:
+        rows["Vendi score within prompt"] = found["vendi_within_prompt"]
     for name, row in rows.items():
         cells = [_cell(row[side]) for side in ("before", "after", "difference")]
         lines.append(f"| {name} | {' | '.join(cells)} |")
         if "mcnemar" in row:
             test = row["mcnemar"]
-            lines.append(
-                f"| {name}: McNemar | lost {test['lost']} | gained {test['gained']} | "
-                f"p = {test['p']:.2g} |"
-            )
+            cells = [f"lost {test['lost']}", f"gained {test['gained']}", f"p = {test['p']:.2g}"]
+            lines.append(f"| {name}: McNemar | {' | '.join(cells)} |")
     for metric in ("fd_scenes", "fid"):
-        if metric in record:
-            sides = [record[metric][side] for side in ("before", "after")]
+        if metric in found:
+            sides = [found[metric][side] for side in ("before", "after")]
             cells = [f"{s['value']:.3f} ± {s['se'] or 0:.3f}" for s in sides]
             lines.append(f"| {metric} | {cells[0]} | {cells[1]} | |")
-    steps = " ".join(f"{value:.3g}" for value in record["kl"]["per_step"])
-    lines += ["", f"KL from the base, nats per sample, by scale or step: {steps}."]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _cell(value: dict[str, Any] | None) -> str:

@@ -42,12 +42,13 @@ def run(command: str, arguments: list[str]) -> int:
         output.figures({"output_dir": config.output_dir, "steps": result.fit.steps, **record})
     elif not output.quiet:
         rows = [
-            (name, *(number(side["value"]) for side in (row["before"], row["after"])))
-            for name, row in record.get("rewards", {}).items()
+            (source, name, *(number(side["value"]) for side in (row["before"], row["after"])))
+            for source, found in record.get("prompts", {}).items()
+            for name, row in found["rewards"].items()
             if row["before"] is not None
         ]
         if rows:
-            table(("reward", "before", "after"), rows)
+            table(("prompts", "reward", "before", "after"), rows)
         minutes = result.fit.seconds / 60
         output.say(
             f"{result.fit.steps} steps in {minutes:.1f} minutes; model, report.md and samples in "

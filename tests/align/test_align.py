@@ -322,14 +322,15 @@ def test_a_run_leaves_a_report_pictures_and_a_model(tmp_path: Path, model_folder
     record = json.loads((tmp_path / "report.json").read_text())
     assert result.report is not None
     assert record == result.report.record
-    assert set(record["rewards"]) == {"brightness", "jpeg_compressibility"}
-    row = record["rewards"]["brightness"]
+    (found,) = record["prompts"].values()
+    assert set(found["rewards"]) == {"brightness", "jpeg_compressibility"}
+    row = found["rewards"]["brightness"]
     assert row["difference"]["value"] == pytest.approx(
         row["after"]["value"] - row["before"]["value"]
     )
     assert len(record["kl"]["per_step"]) == 4
     assert record["kl"]["total"] > 0
-    assert "fd_scenes" not in record  # the pictures are no scenes
+    assert "fd_scenes" not in found  # the pictures are no scenes
     for name in ("report.md", "before_after.png", "samples/step_00000000.png"):
         assert (tmp_path / name).stat().st_size > 0
     tuned = NextScalePipeline.from_pretrained(tmp_path / "model", dtype="float32")

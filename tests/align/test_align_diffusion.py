@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import diffusers
+import diffusers as typed_diffusers
 import pytest
 import tiny_pipelines
 import torch
@@ -16,6 +16,9 @@ from nextscale.align.config import DiffusionSettings
 from nextscale.align.methods.dpo import DPOConfig
 from nextscale.align.methods.grpo import GRPOConfig
 from nextscale.errors import UserError
+
+# Its annotations do not know what its pipelines take.
+diffusers: Any = typed_diffusers
 
 
 @pytest.fixture(scope="module")

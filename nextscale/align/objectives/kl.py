@@ -39,7 +39,7 @@ def categorical_kl(
 
 
 def gaussian_kl(
-    mean: Float[Tensor, b * d], other_mean: Float[Tensor, b * d], std: Tensor
+    mean: Float[Tensor, "b ..."], other_mean: Float[Tensor, "b ..."], std: Tensor
 ) -> Float[Tensor, " b"]:
     """Mean over dimensions of (mu - mu')^2 / (2 std^2), nats per dimension, of equal deviations.
 

@@ -136,7 +136,10 @@ class PipelineCalls:
         if vae is None:
             return pixels
         encoded = vae.encode(pixels.to(vae.dtype))
-        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
+        if hasattr(encoded, "latent_dist"):
+            latents = encoded.latent_dist.mode()
+        else:  # of autoencoders without a distribution, which name it differently
+            latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent
         latents, config = latents.float(), vae.config
         mean, std = config.get("latents_mean"), config.get("latents_std")
         if mean is not None and std is not None:
