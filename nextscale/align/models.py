@@ -239,12 +239,13 @@ def _add_diffusers_lora(network: Any, config: AlignConfig, targets: Sequence[str
         raise UserError(f"lora_target_modules {list(targets)}: {error}") from error
 
 
-def _add_reference(policy: Any, config: AlignConfig) -> nn.Module | None:
+def _add_reference(policy: Policy, config: AlignConfig) -> nn.Module | None:
     if config.lora_rank:
         policy.baseline = AdapterOff()
         return None
-    policy.baseline = FrozenCopy(policy.network)
-    return policy.baseline.module
+    reference = FrozenCopy(policy.network)
+    policy.baseline = reference
+    return reference.module
 
 
 def _classes_of(pipe: Any) -> int | None:

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from nextscale.data.benchmark import BENCHMARKS, load_benchmark, training_captions
 from nextscale.errors import UserError
 from nextscale.streams import batch_indices
@@ -106,9 +104,3 @@ def _parse(line: str, where: str) -> Prompt:
     if not isinstance(condition, str | int) or isinstance(condition, bool):
         raise UserError(f'{where}: needs either "prompt" (a text) or "class_label" (a number)')
     return Prompt(condition, entry)
-
-
-def held_apart(prompts: Sequence[Prompt], others: Sequence[Prompt]) -> float:
-    """Share of `prompts` whose condition is also among `others`; 0 where training saw none."""
-    known = {prompt.condition for prompt in others}
-    return float(np.mean([prompt.condition in known for prompt in prompts]))

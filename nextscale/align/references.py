@@ -20,20 +20,31 @@ class Reference(Protocol):
         ...
 
 
-class FrozenCopy:
-    """A copy of the weights as they are now; needed when all weights are trained.
+class Given:
+    """Another network of the same kind.
 
-    Attributes:
-        module: The copy, for a training loop to place.
+    Args:
+        module: The network; it is frozen.
     """
 
-    def __init__(self, network: nn.Module) -> None:
-        self.module = copy.deepcopy(network).requires_grad_(False).eval()
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module.requires_grad_(False).eval()
 
     @contextlib.contextmanager
     def use(self, network: nn.Module) -> Iterator[nn.Module]:
-        """The copy."""
+        """The other network."""
         yield self.module
+
+
+class FrozenCopy(Given):
+    """A copy of the weights as they are now; needed when all weights are trained.
+
+    Args:
+        network: What is copied; a training loop has to place the copy, `module`.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__(copy.deepcopy(network))
 
 
 class AdapterOff:

@@ -19,6 +19,7 @@ from nextscale.align.config import AlignConfig
 from nextscale.align.experience import score_together
 from nextscale.align.models import AlignModel, open_model
 from nextscale.align.prompts import Prompt, open_prompts
+from nextscale.align.references import Given
 from nextscale.align.rewards import score
 from nextscale.align.rewards.reward import AnyReward
 from nextscale.align.trajectory import Policy
@@ -32,6 +33,7 @@ from nextscale.training.grid import save_grid
 
 _GRID = 16
 _KL_SAMPLES = 64
+_TRUE_PICTURES = 2000
 _SEED = 0  # of the first picture of the report: both sides draw image i from seed + i
 
 
@@ -292,9 +294,9 @@ def _reference(config: AlignConfig, model: AlignModel) -> Any:
         return name
     from nextscale.data.sources import open_source
 
-    data = open_source("scenes", resolution=model.resolution[0], split="validation",
-                       num_images=2000)  # fmt: skip
-    return data.load(np.arange(2000)).images.permute(0, 2, 3, 1).numpy()
+    side = model.resolution[0]
+    data = open_source("scenes", resolution=side, split="validation", num_images=_TRUE_PICTURES)
+    return data.load(np.arange(_TRUE_PICTURES)).images.permute(0, 2, 3, 1).numpy()
 
 
 def _kl_per_step(
@@ -311,8 +313,7 @@ def _kl_per_step(
     encoded = policy.encode([prompt.condition for prompt in chosen])
     generators = [stream(config.seed, -1, i) for i in range(len(chosen))]
     drawn = policy.sample(encoded, generators=generators)
-    base.policy.network.eval()
-    held, policy.baseline = policy.baseline, _Fixed(base.policy.network)  # pyright: ignore
+    held, policy.baseline = policy.baseline, Given(base.policy.network)
     totals: dict[int, list[float]] = {step: [] for step in range(policy.num_steps)}
     try:
         with torch.no_grad():
@@ -324,21 +325,9 @@ def _kl_per_step(
                     own = ev.kl[:, ev.step == step] * ev.mask[:, ev.step == step]
                     totals[step] += own.sum(1).tolist()
     finally:
-        policy.baseline = held  # pyright: ignore
+        policy.baseline = held
     per_step = [float(np.mean(values)) for values in totals.values()]
     return {"per_step": per_step, "total": sum(per_step), "samples": len(chosen)}
-
-
-class _Fixed:
-    """Another network as the reference."""
-
-    def __init__(self, network: nn.Module) -> None:
-        self.network = network
-
-    def use(self, network: nn.Module) -> Any:
-        import contextlib
-
-        return contextlib.nullcontext(self.network)
 
 
 def _before_after(

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from nextscale.align.references import Reference
+
 Kind = Literal["categorical", "gaussian"]
 
 
@@ -139,9 +141,14 @@ class Policy(Protocol):
     """A generator whose samples have log-probabilities.
 
     All methods leave the modules' train and eval flags and the global random state as they are.
+
+    Attributes:
+        kind: categorical or gaussian.
+        baseline: What `reference` gives; None: nothing to compare with.
     """
 
     kind: Kind
+    baseline: Reference | None
 
     @property
     def num_steps(self) -> int:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from nextscale.errors import require
+from nextscale.align.references import Reference
+from nextscale.errors import UserError, require
 
 
 @contextlib.contextmanager
@@ -26,3 +27,14 @@ def check_branch(at_step: int, num_steps: int, count: int) -> None:
     """Refuse branches that no trajectory has."""
     require("at_step", at_step, 0 <= at_step <= num_steps, f"lie in [0, {num_steps}]")
     require("count", count, count > 0, "be above 0")
+
+
+def reference_network(
+    baseline: Reference | None, network: nn.Module
+) -> contextlib.AbstractContextManager[nn.Module]:
+    """The network that KL terms compare with, for a `with` block."""
+    if baseline is None:
+        raise UserError(
+            "this policy has no reference; pass reference= to compare with one, or set beta 0"
+        )
+    return baseline.use(network)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nextscale.align.objectives.kl import gaussian_kl
 from nextscale.align.policies.call_plan import Block, CallPlan
-from nextscale.align.policies.checks import check_branch, evaluating
+from nextscale.align.policies.checks import check_branch, evaluating, reference_network
 from nextscale.align.policies.gaussian import (
     MIN_STD,
     DDIMTransitions,
@@ -353,15 +353,9 @@ class DiffusionPolicy:
         score = -0.5 * errors[:, None]
         return score, torch.ones_like(score, dtype=torch.bool)
 
-    @contextlib.contextmanager
-    def reference(self) -> Iterator[nn.Module]:
+    def reference(self) -> contextlib.AbstractContextManager[nn.Module]:
         """The frozen network to compare with; see `Policy.reference`."""
-        if self.baseline is None:
-            raise UserError(
-                "this policy has no reference; pass reference= to compare with one, or set beta 0"
-            )
-        with self.baseline.use(self.network) as network:
-            yield network
+        return reference_network(self.baseline, self.network)
 
     def _mean(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nextscale.align.objectives.kl import categorical_kl
-from nextscale.align.policies.checks import check_branch, evaluating
+from nextscale.align.policies.checks import check_branch, evaluating, reference_network
 from nextscale.align.references import Reference
 from nextscale.align.trajectory import Kind, StepEval, Trajectory
 from nextscale.errors import UserError, require
@@ -319,15 +319,9 @@ class NextScalePolicy:
         logp = _log_prob(logits, tokens)
         return logp, torch.ones_like(logp)
 
-    @contextlib.contextmanager
-    def reference(self) -> Iterator[nn.Module]:
+    def reference(self) -> contextlib.AbstractContextManager[nn.Module]:
         """The frozen network to compare with; see `Policy.reference`."""
-        if self.baseline is None:
-            raise UserError(
-                "this policy has no reference; pass reference= to compare with one, or set beta 0"
-            )
-        with self.baseline.use(self.model) as network:
-            yield network
+        return reference_network(self.baseline, self.model)
 
     # ---- pictures ----------------------------------------------------------------------------
 
