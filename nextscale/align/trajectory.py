@@ -241,7 +241,8 @@ class Policy(Protocol):
 
         Args:
             trajectory: The samples.
-            generators: One per sample; equal ones give equal noise, as a pair needs it.
+            generators: One per sample, read but not advanced; equal ones give equal noise, as a
+                pair needs it.
             network: The wrapped module of a training loop; None: the policy's own.
             reference: Under the reference instead, without gradient.
         """

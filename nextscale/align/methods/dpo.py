@@ -150,11 +150,8 @@ class DPO:
             assert ev.ref_logp is not None
             mask = ev.mask.to(ev.logp) * self.weights.to(ev.logp)[ev.unit]
             return ev.logp, ev.ref_logp, mask
-        # Equal streams for policy and reference: they must see the same noise.
-        states = [generator.get_state() for generator in generators]
+        # The streams are not advanced, so policy and reference see the same noise.
         logp, mask = self.policy.pair_score(trajectory, generators=generators, network=network)
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
         ref_logp, _ = self.policy.pair_score(trajectory, generators=generators, reference=True)
         if logp.shape[1] == len(self.weights):
             mask = mask * self.weights.to(mask)
