@@ -136,7 +136,7 @@ def grpo_step(variant: str) -> dict[str, Any]:
         add_lora(model, rank=chosen["rank"])
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = adamw([{"params": trained}], TrainingConfig(output_dir=""))
-    method = GRPO(GRPOConfig(), policy, [1.0])
+    method = GRPO(GRPOConfig(), policy)
     reward = [open_reward("checker_statements")]
     prompts = [Prompt(caption, {}) for caption in load_benchmark("hard")[:8]]
     spent = {"rollout": 0.0, "update": 0.0}

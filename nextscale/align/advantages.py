@@ -38,7 +38,7 @@ def group_advantages(
         std_ddof: 1 is the unbiased deviation (trl), 0 the population's (DDPO, Flow-GRPO).
     """
     require("scale_rewards", scale_rewards, scale_rewards in SCALES, f"be one of {SCALES}")
-    mean, std = _group_moments(rewards, groups, std_ddof)
+    mean, std = group_moments(rewards, groups, std_ddof)
     centred = rewards - mean[groups]
     if scale_rewards == "group":
         centred = centred / (std[groups] + std_eps)
@@ -116,12 +116,20 @@ def informative(advantages: Float[Tensor, " b"], groups: Int[Tensor, " b"]) -> B
     return (largest > _FLAT)[groups]
 
 
-def _group_moments(rewards: Tensor, groups: Tensor, ddof: int) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of every group without its NaNs; 0 where there are too few."""
+def group_moments(
+    rewards: Float[Tensor, " b"], groups: Int[Tensor, " b"], ddof: int
+) -> tuple[Float[Tensor, " g"], Float[Tensor, " g"]]:
+    """Mean and deviation of every group without its NaNs; 0 where there are too few.
+
+    The deviation of equal rewards is 0, not what rounding leaves of it.
+    """
     valid = ~rewards.isnan()
     zeros = rewards.new_zeros(int(groups.max()) + 1)
     counts = zeros.index_add(0, groups, valid.to(rewards))
     mean = zeros.index_add(0, groups, rewards.nan_to_num(0.0)) / counts.clamp_min(1)
+    low = zeros.scatter_reduce(0, groups[valid], rewards[valid], "amin", include_self=False)
+    high = zeros.scatter_reduce(0, groups[valid], rewards[valid], "amax", include_self=False)
+    mean = torch.where(low == high, low, mean)
     squares = torch.where(valid, rewards - mean[groups], 0.0).square()
     variance = zeros.index_add(0, groups, squares) / (counts - ddof).clamp_min(1)
     return mean, variance.sqrt()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from nextscale.align.methods.dpo import DPOConfig
 from nextscale.align.methods.grpo import GRPOConfig
 from nextscale.align.methods.raft import RAFTConfig
+from nextscale.align.rewards.composition import MODES
 from nextscale.errors import UserError, require
 from nextscale.training import TrainingConfig
 
@@ -27,6 +28,8 @@ class DiffusionSettings:
     """mean or sum over latent dimensions; clip ranges depend on it."""
     eval_steps: int | None = None
     """Steps of the deterministic sampler that the report measures; None: num_inference_steps."""
+    call: dict[str, str] = field(default_factory=dict)
+    """Other arguments of the pipeline's call: height 512 width 512 negative_prompt blurry."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +49,17 @@ class AlignConfig(TrainingConfig):
     """Rewards by name, see docs/align.md; with `pairs` they are only measured."""
     reward_weights: tuple[float, ...] = ()
     """One per reward; empty: all 1."""
+    reward_scales: tuple[float, ...] = ()
+    """What each raw reward is divided by; empty: 1. Usual: pickscore 26, aesthetic 10, JPEG 500."""
+    reward_mode: str = "sum"
+    """How several rewards become one: sum, min (the least) or majority (of verdicts in [0, 1])."""
+    http_timeout: float = 60.0
+    """Seconds that an http reward waits for an answer."""
+    http_retries: int = 3
+    """Requests after a failed one; then its pictures are unscorable."""
     held_out_rewards: tuple[str, ...] = ()
-    """Rewards that are only watched: the run stops when they fall while the reward rises."""
+    """Rewards that are only watched, at each validation: the run stops when they fall while the
+    reward rises."""
     held_out_patience: int = 3
     """Validations in a row after which it stops."""
 
@@ -104,7 +116,8 @@ class AlignConfig(TrainingConfig):
     num_eval_images: int = 4
     """Pictures per prompt of the report."""
     num_validation_prompts: int = 32
-    """Prompts that a validation draws, one picture each; 0 = off."""
+    """Prompts that a validation draws, one picture each; 0 = off. They are held out of sources of
+    twenty times as many texts or more, and are some of the training prompts otherwise."""
     eval_reference: str | None = None
     """True pictures for the report's Fréchet distance: a folder or .npz, or scenes; None: scenes
     for models with its grammar, else none."""
@@ -128,6 +141,18 @@ class AlignConfig(TrainingConfig):
         super().__post_init__()
         known = self.method in METHOD_NAMES
         require("method", self.method, known, f"be one of {', '.join(METHOD_NAMES)}")
+        modes = f"be one of {', '.join(MODES)}"
+        require("reward_mode", self.reward_mode, self.reward_mode in MODES, modes)
+        require("http_timeout", self.http_timeout, self.http_timeout > 0, "be above 0")
+        require("http_retries", self.http_retries, self.http_retries >= 0, "be 0 or more")
+        summed = self.grpo.multi_objective_aggregation == "sum_then_normalize"
+        if self.method == "grpo" and self.reward_mode != "sum" and not summed:
+            raise UserError(
+                f"reward_mode {self.reward_mode} makes one reward of all, so "
+                "grpo.multi_objective_aggregation must be sum_then_normalize"
+            )
+        if self.num_eval_prompts and not self.eval_prompts:
+            raise UserError("eval_prompts is empty; name a source, or set num_eval_prompts 0")
         positive = (
             *("num_prompts", "num_generations", "num_iterations", "rollout_batch_size"),
             *("num_train_prompts", "num_eval_images", "held_out_patience"),

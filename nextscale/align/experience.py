@@ -10,8 +10,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nextscale import processes
+from nextscale.align.advantages import group_moments
 from nextscale.align.prompts import Prompt
-from nextscale.align.rewards import pairwise_column, score, set_column, set_features
+from nextscale.align.rewards import (
+    combine,
+    pairwise_column,
+    score,
+    set_column,
+    set_features,
+    set_score,
+)
 from nextscale.align.rewards.reward import AnyReward, PairwiseReward, SetReward
 from nextscale.align.trajectory import Policy, Trajectory, cat_rows, map_rows
 from nextscale.streams import stream
@@ -27,8 +35,12 @@ class Rollout:
         trajectory: B samples, group by group, on the policy's device.
         prompts: B.
         groups: [B], number of the prompt that a sample was drawn for.
-        rewards: [B, K], one column per reward; NaN is unscorable.
+        rewards: [B, K], one column per reward; NaN is unscorable. Of a set reward, what each
+            sample contributes.
+        weights: [K], of the rewards.
+        total: [B], the rewards as one.
         extra: Further columns of the rewards, for the log.
+        sets: Set rewards of the whole rollout, by name.
         key: (seed, step): names the streams of whatever is drawn from here on.
     """
 
@@ -36,7 +48,10 @@ class Rollout:
     prompts: list[Prompt]
     groups: Int[Tensor, " b"]
     rewards: Float[Tensor, "b k"]
+    weights: tuple[float, ...]
+    total: Float[Tensor, " b"]
     extra: dict[str, Tensor]
+    sets: dict[str, float]
     key: tuple[int, int]
 
 
@@ -66,6 +81,8 @@ def collect(
     num_generations: int,
     key: tuple[int, int],
     *,
+    weights: Sequence[float] | None = None,
+    mode: str = "sum",
     branch: tuple[int, int] | None = None,
     model_version: int = 0,
 ) -> Rollout:
@@ -80,6 +97,8 @@ def collect(
         prompts: One per group.
         num_generations: G, samples per prompt; with `branch`, prefixes per prompt.
         key: (seed, step).
+        weights: One per reward; None: all 1.
+        mode: How the rewards become one, see `combine`.
         branch: (step b, K): each sample gets K - 1 siblings that share its steps before b; the B
             = prompts x G x K samples have siblings in a row.
         model_version: Optimizer steps of the weights.
@@ -95,7 +114,8 @@ def collect(
     per_group = num_generations
     if branch is not None:
         at_step, siblings = branch
-        parts = [_with_siblings(policy, t, at_step, siblings, key, own.start) for t in parts]
+        first = own.start * num_generations
+        parts = [_with_siblings(policy, t, at_step, siblings, key, first) for t in parts]
         per_group *= siblings
     mine = [prompts[i] for i in own for _ in range(per_group)]
     device = next(policy.network.parameters()).device
@@ -109,37 +129,41 @@ def collect(
     shown = {name: torch.cat([e[name] for _, e in found if name in e]) for name in found[0][1]}
     everyone = [prompt for prompt in prompts for _ in range(per_group)]
     pictures = torch.cat([p for _, p in pieces if len(p)]).to(device)
-    values = score_together(rewards, values, pictures, everyone, groups)
+    values, sets = score_together(rewards, values, pictures, everyone, groups)
+    factors = (1.0,) * len(rewards) if weights is None else tuple(weights)
     return Rollout(
-        replace(trajectory, model_version=model_version, images=pictures),
-        everyone,
-        groups,
-        values,
-        shown,
-        key,
+        trajectory=replace(trajectory, model_version=model_version, images=pictures),
+        prompts=everyone,
+        groups=groups,
+        rewards=values,
+        weights=factors,
+        total=combine(values, factors, mode),
+        extra=shown,
+        sets=sets,
+        key=key,
     )
 
 
-def rollout_metrics(rollout: Rollout, names: Sequence[str], total: Tensor) -> dict[str, float]:
+def rollout_metrics(rollout: Rollout, names: Sequence[str]) -> dict[str, float]:
     """What trl logs of a rollout: `reward`, `reward_std`, `rewards/NAME/mean`, ...
+
+    The mean of a set reward is the set's score, not that of the samples' contributions.
 
     Args:
         rollout: The samples.
         names: Of the rewards.
-        total: [B], the weighted sum of the rewards.
     """
     metrics = {f"rewards/{k}/mean": float(v.nanmean()) for k, v in rollout.extra.items()}
     for name, column in zip(names, rollout.rewards.unbind(1), strict=True):
         valid = column[~column.isnan()]
-        metrics[f"rewards/{name}/mean"] = float(valid.mean())
+        metrics[f"rewards/{name}/mean"] = rollout.sets.get(name, float(valid.mean()))
         metrics[f"rewards/{name}/std"] = float(valid.std()) if len(valid) > 1 else 0.0
         metrics[f"rewards/{name}/unscorable"] = 1 - len(valid) / len(column)
-    spreads = [total[rollout.groups == g] for g in range(int(rollout.groups.max()) + 1)]
-    spreads = [s[~s.isnan()] for s in spreads]
-    stds = torch.tensor([float(s.std()) if len(s) > 1 else 0.0 for s in spreads])
+    total = rollout.total
+    stds = group_moments(total, rollout.groups, ddof=1)[1]
     metrics["reward"] = float(total.nanmean())
     metrics["reward_std"] = float(stds.mean())
-    metrics["frac_reward_zero_std"] = float((stds < 1e-6).float().mean())
+    metrics["frac_reward_zero_std"] = float((stds == 0).float().mean())
     return metrics
 
 
@@ -154,11 +178,20 @@ def _with_siblings(
     at_step: int,
     siblings: int,
     key: tuple[int, int],
-    first_group: int,
+    first: int,
 ) -> Trajectory:
-    """Each sample followed by K - 1 others that share its first steps."""
+    """Each sample followed by K - 1 others that share its first steps.
+
+    Args:
+        policy: Draws.
+        parents: This process's samples.
+        at_step: First step that siblings draw anew.
+        siblings: K.
+        key: (seed, step).
+        first: Number of the first parent among those of all processes.
+    """
     count, others = len(parents), siblings - 1
-    numbers = range(first_group * others, first_group * others + count * others)
+    numbers = range(first * others, (first + count) * others)
     generators = [stream(*key, _ROLLOUT, 2, number) for number in numbers]
     if not others:
         return replace(parents, parent_step=at_step)
@@ -185,19 +218,36 @@ def score_together(
     images: Tensor,
     prompts: Sequence[Prompt],
     groups: Tensor,
-) -> Tensor:
-    """Fill in the columns of rewards that need all samples: of sets, and of pairs in a group."""
+    *,
+    whole: bool = False,
+) -> tuple[Tensor, dict[str, float]]:
+    """Fill in the columns of rewards that need all samples: of sets, and of pairs in a group.
+
+    Args:
+        rewards: All of them.
+        values: [B, K], filled in.
+        images: All pictures.
+        prompts: One each.
+        groups: One each.
+        whole: Columns of set rewards hold the set's score, not what each sample contributes.
+
+    Returns:
+        The columns, and the set rewards of the whole set by name.
+    """
     conditions = [prompt.condition for prompt in prompts]
+    sets = {}
     for k, reward in enumerate(rewards):
         if isinstance(reward, SetReward):
             share = processes.own_range(len(images))
             rows = slice(share.start, share.stop)
             own = set_features(reward, images[rows], conditions[rows]).cpu()
             features = cat_rows(processes.gather(own)).to(images.device)
-            values[:, k] = set_column(reward, features).to(values)
+            sets[reward.name] = set_score(reward, features)
+            column = sets[reward.name] if whole else set_column(reward, features).to(values)
+            values[:, k] = column
         elif isinstance(reward, PairwiseReward):
             values[:, k] = pairwise_column(reward, images, conditions, groups).to(values)
-    return values
+    return values, sets
 
 
 def _streams(key: tuple[int, int], first: int, count: int) -> list[torch.Generator]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,7 +40,11 @@ class AlignModel(Protocol):
     policy: Policy
     num_classes: int | None
     grammar: str | None
-    resolution: tuple[int, int]
+
+    @property
+    def resolution(self) -> tuple[int, int]:
+        """See above."""
+        ...
 
     def add_reference(self) -> nn.Module | None:
         """Keep the weights as they are now, to compare with; a copy, if it takes one."""
@@ -156,14 +161,21 @@ class DiffusionModel:
 
         self.config = config
         bars.disable_progress_bar()  # of loading, which takes a second
-        self.pipe: Any = DiffusionPipeline.from_pretrained(folder, local_files_only=True).to(device)
+        index = storage.read_json(folder / "model_index.json")
+        # diffusers wants to hear again which text encoders a Stable Diffusion 3 was saved without.
+        absent = {k: None for k, entry in index.items() if "_3" in k and entry == [None, None]}
+        self.pipe: Any = DiffusionPipeline.from_pretrained(
+            folder, local_files_only=True, **absent
+        ).to(device)
         bars.enable_progress_bar()
         self.pipe.set_progress_bar_config(disable=True)
         for module in self.pipe.components.values():
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval()
+        _refuse_token_settings(config)
         half = resolve_precision(config.mixed_precision) in ("bf16", "fp16")
         options: dict[str, Any] = {
+            "call": {name: _json_value(value) for name, value in config.diffusion.call.items()},
             "guidance_scale": config.guidance_scale,
             "eta": config.diffusion.eta,
             "noise_level": config.diffusion.noise_level,
@@ -172,25 +184,32 @@ class DiffusionModel:
             "batch_size": config.rollout_batch_size,
         }
         steps = config.diffusion.num_inference_steps
-        self.policy: Policy = DiffusionPolicy(self.pipe, num_inference_steps=steps, **options)
+        policy = DiffusionPolicy(self.pipe, num_inference_steps=steps, **options)
+        self.policy: Policy = policy
         self._drawer = DiffusionPolicy(
             self.pipe, num_inference_steps=config.diffusion.eval_steps or steps, **options
         )
-        network = self.policy.network
-        sample: Any = network
-        side = int(sample.config.sample_size) * getattr(self.pipe, "vae_scale_factor", 1)
-        self.resolution = (side, side)
-        labels = getattr(self.pipe, "labels", None)
-        self.num_classes = len(set(labels.values())) if labels else _classes_of(self.pipe)
+        network: Any = policy.network
+        self.num_classes = network.config.num_embeds_ada_norm if policy.calls.by_class else None
+        self._id2label = index.get("id2label")
         own = folder / _ABOUT
         self.grammar = storage.read_json(own).get("grammar") if own.is_file() else None
         if config.lora_rank:
             targets = config.lora_target_modules or _DIFFUSION_TARGETS
-            _add_diffusers_lora(network, config, targets)
+            _add_diffusers_lora(self.pipe, network, config, targets)
         else:
             network.requires_grad_(True)
         if config.gradient_checkpointing:
-            network.enable_gradient_checkpointing()  # pyright: ignore[reportCallIssue]
+            network.enable_gradient_checkpointing()
+
+    @property
+    def resolution(self) -> tuple[int, int]:
+        """See `AlignModel`."""
+        device = next(self.policy.network.parameters()).device
+        zeros = torch.zeros(1, *self._drawer.plan.latent_shape, device=device)
+        with torch.no_grad():
+            height, width = self._drawer.calls.decode(self._drawer.plan, zeros).shape[2:]
+        return height, width
 
     def add_reference(self) -> nn.Module | None:
         """See `AlignModel`."""
@@ -212,8 +231,13 @@ class DiffusionModel:
 
         with self._using(network):
             save_diffusion(self.pipe, folder, lora=self.config.lora_rank > 0)
-        if self.grammar is not None and not self.config.lora_rank:
+        if self.config.lora_rank:
+            return
+        if self.grammar is not None:
             storage.write_json(folder / _ABOUT, {"grammar": self.grammar})
+        if self._id2label is not None:  # DiTPipeline does not keep it
+            index = storage.read_json(folder / "model_index.json")
+            storage.write_json(folder / "model_index.json", {**index, "id2label": self._id2label})
 
     @contextlib.contextmanager
     def _using(self, network: nn.Module) -> Iterator[None]:
@@ -227,10 +251,40 @@ class DiffusionModel:
             setattr(self.pipe, name, own)
 
 
-def _add_diffusers_lora(network: Any, config: AlignConfig, targets: Sequence[str]) -> None:
+def _refuse_token_settings(config: AlignConfig) -> None:
+    """Settings of next-scale models that would do nothing here."""
+    unused = {
+        "temperature": config.temperature is not None,
+        "top_k": config.top_k > 0,
+        "top_p": config.top_p < 1,
+        "logp_space": config.logp_space != "guided",
+    }
+    if given := [name for name, is_given in unused.items() if is_given]:
+        raise UserError(
+            f"{', '.join(given)} belongs to next-scale models; {config.model} is a diffusers "
+            "pipeline. Leave it out"
+        )
+
+
+def _json_value(text: str) -> Any:
+    """A value of `diffusion.call`; what is no JSON is a text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _add_diffusers_lora(
+    pipe: Any, network: Any, config: AlignConfig, targets: Sequence[str]
+) -> None:
     """A LoRA by diffusers' own call, so that it can be saved in diffusers' format."""
     from peft import LoraConfig
 
+    if not hasattr(pipe, "save_lora_weights") or not hasattr(network, "add_adapter"):
+        raise UserError(
+            f"diffusers has no LoRA format for {type(pipe).__name__}; train all weights, "
+            "lora_rank 0"
+        )
     alpha: Any = config.lora_rank if config.lora_alpha is None else config.lora_alpha
     settings = LoraConfig(r=config.lora_rank, lora_alpha=alpha, target_modules=list(targets))
     try:
@@ -246,13 +300,3 @@ def _add_reference(policy: Policy, config: AlignConfig) -> nn.Module | None:
     reference = FrozenCopy(policy.network)
     policy.baseline = reference
     return reference.module
-
-
-def _classes_of(pipe: Any) -> int | None:
-    """Number of classes of a pipeline that takes no prompts."""
-    if hasattr(pipe, "tokenizer"):
-        return None
-    raise UserError(
-        f"{type(pipe).__name__} takes neither prompts nor named class labels, so there is nothing "
-        "to ask it for"
-    )

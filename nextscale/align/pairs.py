@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nextscale.align.prompts import check_label
 from nextscale.data.images import decode, fit_to
 from nextscale.errors import UserError
 
@@ -46,11 +47,13 @@ def read_pairs(path: str | Path, *, num_classes: int | None = None) -> list[Pair
             continue
         try:
             entry = json.loads(line)
-            pair = Pair(entry[key], path.parent / entry["chosen"], path.parent / entry["rejected"])
+            condition = str(entry[key]) if num_classes is None else int(entry[key])
+            pair = Pair(condition, path.parent / entry["chosen"], path.parent / entry["rejected"])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f'{path}, line {number}: needs "{key}", "chosen" and "rejected" ({error!r})'
             ) from error
+        check_label(pair.condition, num_classes, f"{path}, line {number}")
         missing += [picture for picture in (pair.chosen, pair.rejected) if not picture.is_file()]
         pairs.append(pair)
     if missing:

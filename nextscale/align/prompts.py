@@ -52,7 +52,21 @@ def open_prompts(names: Sequence[str], *, num_classes: int | None = None) -> lis
     ):
         takes = "prompts" if num_classes is None else "class labels"
         raise UserError(f"this model takes {takes}, which prompts {', '.join(names)} are not")
+    for prompt in prompts:
+        check_label(prompt.condition, num_classes, f"prompts {', '.join(names)}")
     return prompts
+
+
+def check_label(condition: str | int, num_classes: int | None, where: str) -> None:
+    """Refuse class labels that the model does not have.
+
+    Raises:
+        UserError: Says where it stands.
+    """
+    if num_classes is not None and not 0 <= int(condition) < num_classes:
+        raise UserError(
+            f"{where}: class label {condition} is none of the model's, 0 to {num_classes - 1}"
+        )
 
 
 def draw_prompts(prompts: Sequence[Prompt], count: int, seed: int, draw: int) -> list[Prompt]:
@@ -86,12 +100,13 @@ def _open(name: str, num_classes: int | None) -> list[Prompt]:
             f'prompts "{name}" is no source: use scenes:standard, scenes:hard, benchmark:NAME, '
             "classes, or a .txt or .jsonl file that exists"
         )
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    numbered = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+    lines = [(number, line) for number, line in numbered if line.strip()]
     if not lines:
         raise UserError(f"prompts {name} holds no line")
     if path.suffix == ".txt":
-        return [Prompt(line.strip(), {}) for line in lines]
-    return [_parse(line, f"{name}, line {number}") for number, line in enumerate(lines, 1)]
+        return [Prompt(line.strip(), {}) for _, line in lines]
+    return [_parse(line, f"{name}, line {number}") for number, line in lines]
 
 
 def _parse(line: str, where: str) -> Prompt:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,15 @@ from nextscale.align.models import AlignModel, open_model
 from nextscale.align.prompts import Prompt, open_prompts
 from nextscale.align.references import Given
 from nextscale.align.rewards import score
-from nextscale.align.rewards.reward import AnyReward
+from nextscale.align.rewards.reward import AnyReward, SetReward
 from nextscale.align.trajectory import Policy
 from nextscale.data.images import to_uint8
+from nextscale.errors import UserError
 from nextscale.eval.feature_network import small_features
 from nextscale.eval.features import Network
 from nextscale.eval.pairwise import vendi_score
 from nextscale.streams import stream
-from nextscale.training import FitResult
+from nextscale.training import FitResult, latest_checkpoint
 from nextscale.training.grid import save_grid
 
 _GRID = 16
@@ -48,6 +50,9 @@ class Report:
         sources: Rows of each source of prompts.
         rewards: Those that were trained, then those that were watched.
         before: uint8 [n, 3, H, W].
+        network: Sees diversity and distance; None: neither is measured.
+        reference: True pictures, or their statistics.
+        progress: Show bars.
         record: Filled by `finish`; what report.json holds.
     """
 
@@ -57,6 +62,8 @@ class Report:
     sources: dict[str, slice]
     rewards: list[AnyReward]
     before: Tensor
+    network: Network | None
+    reference: Any
     progress: bool
     record: dict[str, Any]
 
@@ -65,14 +72,16 @@ class Report:
         after = _draw(self.config, self.model, final, self.prompts, self.progress)
         sides = {"before": self.before, "after": after}
         columns = {
-            name: score_all(self.rewards, images.float() / 255, self.prompts)
+            name: torch.cat(
+                [
+                    score_all(self.rewards, images[rows].float() / 255, self.prompts[rows])
+                    for rows in self.sources.values()
+                ]
+            )
             for name, images in sides.items()
         }
         if not processes.is_main():
             return
-        network, reference = _features_of(self.config, self.model), None
-        if network is not None:
-            reference = _reference(self.config, self.model)
         self.record = {
             "method": self.config.method,
             "model": self.config.model,
@@ -88,7 +97,7 @@ class Report:
             self.record["prompts"][name] = {
                 "num_prompts": len(pictures["before"]) // self.config.num_eval_images,
                 "rewards": self._of_rewards(own),
-                **self._of_sets(pictures, network, reference),
+                **self._of_sets(pictures),
             }
         folder = Path(self.config.output_dir)
         storage.write_json(folder / "report.json", self.record)
@@ -100,18 +109,21 @@ class Report:
         return torch.arange(len(sides["before"])) // self.config.num_eval_images
 
     def _of_rewards(self, columns: dict[str, Tensor]) -> dict[str, Any]:
-        """Each reward before and after."""
-        groups = self._groups(columns)
-        return {
-            reward.name: compare(columns["before"][:, k], columns["after"][:, k], groups)
-            for k, reward in enumerate(self.rewards)
-        }
+        """Each reward before and after; one of sets is a single number without an interval."""
+        groups, found = self._groups(columns), {}
+        for k, reward in enumerate(self.rewards):
+            before, after = (columns[side][:, k] for side in ("before", "after"))
+            if isinstance(reward, SetReward):
+                before, after, own = before[:1], after[:1], None
+            else:
+                own = groups
+            found[reward.name] = compare(before, after, own)
+        return found
 
-    def _of_sets(
-        self, sides: dict[str, Tensor], network: Network | None, reference: Any
-    ) -> dict[str, Any]:
+    def _of_sets(self, sides: dict[str, Tensor]) -> dict[str, Any]:
         """Diversity within prompts, and the Fréchet distance to true pictures."""
         found: dict[str, Any] = {}
+        network, reference = self.network, self.reference
         if network is None:
             return found
         if self.config.num_eval_images > 1:
@@ -138,7 +150,11 @@ def make_report(
     *,
     progress: bool,
 ) -> Report:
-    """Draw the pictures of the report by the model as it came; a resumed run reads them again."""
+    """Draw the pictures of the report by the model as it came; a resumed run reads them again.
+
+    Raises:
+        UserError: If the pictures of the run that is resumed were others.
+    """
     prompts: list[Prompt] = []
     sources = {}
     for name in config.eval_prompts:
@@ -146,31 +162,74 @@ def make_report(
         first = len(prompts)
         prompts += [prompt for prompt in asked for _ in range(config.num_eval_images)]
         sources[name] = slice(first, len(prompts))
+    network, reference = None, None
+    if processes.is_main() and (network := _features_of(config, model)) is not None:
+        reference = _reference(config, model)
     path = Path(config.output_dir, "before.safetensors")
-    if path.is_file():
-        before = storage.read_tensors(path)["images"]
-    else:
+    about = _about(config, model, prompts)
+    before = _read_before(path, about, resumed=latest_checkpoint(config.output_dir) is not None)
+    if before is None:
         before = _draw(config, model, model.policy.network, prompts, progress)
         if processes.is_main():
             path.parent.mkdir(parents=True, exist_ok=True)
-            storage.write_tensors(path, {"images": before})
-        if processes.world_size() > 1:
-            processes.barrier()
+            storage.write_tensors(path, {"images": before}, about)
+    if processes.world_size() > 1:
+        processes.barrier()
     watched = [*rewards, *held_out]
-    return Report(config, model, prompts, sources, watched, before, progress, {})
+    return Report(
+        config=config,
+        model=model,
+        prompts=prompts,
+        sources=sources,
+        rewards=watched,
+        before=before,
+        network=network,
+        reference=reference,
+        progress=progress,
+        record={},
+    )
+
+
+def _about(config: AlignConfig, model: AlignModel, prompts: Sequence[Prompt]) -> dict[str, str]:
+    """What the pictures of the report depend on."""
+    state = model.policy.network.state_dict()
+    conditions = "\n".join(str(prompt.condition) for prompt in prompts)
+    generation = getattr(getattr(model, "pipe", None), "generation", None)
+    settings = [config.guidance_scale, config.mixed_precision, str(generation), config.diffusion]
+    return {
+        "weights": storage.fingerprint({k: v for k, v in state.items() if "lora_" not in k}),
+        "eval_prompts": hashlib.sha256(conditions.encode()).hexdigest(),
+        "sampling settings": str(settings),
+    }
+
+
+def _read_before(path: Path, about: Mapping[str, str], *, resumed: bool) -> Tensor | None:
+    """The pictures that an earlier start of this run has drawn, if they are the same ones."""
+    if not path.is_file():
+        return None
+    found = storage.read_metadata(path)
+    changed = [name for name, value in about.items() if found.get(name) != value]
+    if not changed:
+        return storage.read_tensors(path)["images"]
+    if resumed:
+        raise UserError(
+            f"{path} was drawn with other {', '.join(changed)}. Resume with the settings that the "
+            "run began with, or start in another output_dir"
+        )
+    return None
 
 
 def score_all(
     rewards: Sequence[AnyReward], images: Float[Tensor, "b 3 H W"], prompts: Sequence[Prompt]
 ) -> Float[Tensor, "b k"]:
-    """Rewards of pictures on the CPU; groups are equal prompts."""
+    """Rewards of pictures on the CPU; groups are equal prompts, a set is all pictures."""
     if not rewards:
         return images.new_zeros(len(images), 0)
     conditions = [prompt.condition for prompt in prompts]
     columns, _ = score(rewards, images, conditions, [prompt.metadata for prompt in prompts])
     numbers = {condition: i for i, condition in enumerate(dict.fromkeys(conditions))}
     groups = torch.tensor([numbers[condition] for condition in conditions])
-    return score_together(rewards, columns, images, prompts, groups)
+    return score_together(rewards, columns, images, prompts, groups, whole=True)[0]
 
 
 def compare(

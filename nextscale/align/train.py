@@ -23,19 +23,19 @@ from nextscale.align.experience import Experience, collect, rollout_metrics, sam
 from nextscale.align.methods import METHODS, Method
 from nextscale.align.methods.dpo import DPO
 from nextscale.align.methods.grpo import GRPO, TokenMask
-from nextscale.align.methods.method import total_reward
 from nextscale.align.models import AlignModel, open_model
 from nextscale.align.pairs import load_pairs, read_pairs
 from nextscale.align.prompts import Prompt, draw_prompts, open_prompts
 from nextscale.align.report import Report, grid, make_report, score_all
-from nextscale.align.rewards import HeldOutMonitor, as_reward, open_reward
-from nextscale.align.rewards.reward import AnyReward
+from nextscale.align.rewards import HeldOutMonitor, combine, normalized, open_reward
+from nextscale.align.rewards.reward import AnyReward, CheckedReward, named
 from nextscale.errors import UserError
 from nextscale.training import FitResult, adamw, bare, decay_groups, fit, latest_checkpoint
 from nextscale.training.batches import global_batch_size
 from nextscale.training.session import resolve_precision
 
 logger = logging.getLogger(__name__)
+_PLENTY = 20  # times the watched prompts, from which on these are held out of training
 _VALIDATION_SEED = 3_000_000_000  # apart from what users draw by hand, 0, 1, 2, ...
 
 
@@ -79,22 +79,25 @@ def align(
     model = open_model(config)
     train_rewards, held_out = _open_rewards(config, rewards or {})
     weights = config.reward_weights or (1.0,) * len(train_rewards)
-    method = _open_method(config, model, weights, token_mask)
+    method = _open_method(config, model, token_mask)
     modules: dict[str, nn.Module] = {"policy": model.policy.network}
     if method.needs_reference and (copy := model.add_reference()) is not None:
         modules["reference"] = copy
     prompts = open_prompts(config.prompts, num_classes=model.num_classes)
     watched, prompts = _hold_out(prompts, config.num_validation_prompts)
     watcher = _Watcher(config, model, watched, train_rewards, weights, held_out)
-    report = None
-    if config.num_eval_prompts:
-        report = make_report(config, model, train_rewards, held_out, progress=progress)
-    watcher.before()
     if config.pairs is None:
         task: Any = _Online(config, model, method, prompts, train_rewards, weights)
     else:
         assert isinstance(method, DPO)
         task = _Offline(config, model, method)
+    conditions = task.conditions()
+    if model.policy.kind == "categorical":  # a caption outside of the grammar says so now
+        model.policy.encode(conditions)
+    report = None
+    if config.num_eval_prompts:
+        report = make_report(config, model, train_rewards, held_out, progress=progress)
+    watcher.before()
     try:
         result = fit(
             config,
@@ -110,10 +113,13 @@ def align(
         )
     except UserError as error:
         last = latest_checkpoint(config.output_dir)
-        if error.exit_code == 2 or last is None or str(last) in str(error):
+        if last is None or str(last) in str(error):
             raise
-        raise UserError(f"{error} Last checkpoint: {last}.", exit_code=1) from error
-    final = result.ema_modules.get("policy", result.modules["policy"])
+        message = f"{str(error).rstrip('.')}. Last checkpoint: {last}"
+        raise UserError(message, exit_code=error.exit_code) from error
+    final = result.modules["policy"]
+    if "policy" in result.ema_modules:
+        final.load_state_dict(result.ema_modules["policy"].state_dict())
     final.eval()
     if processes.is_main():
         model.save(final, Path(config.output_dir) / "model")
@@ -157,6 +163,10 @@ class _Online:
             )
         self.number, self.experience = -1, None
 
+    def conditions(self) -> list[str | int]:
+        """Everything that rollouts may draw."""
+        return [prompt.condition for prompt in self.prompts]
+
     def load_batch(self, indices: np.ndarray, step: int) -> Int[Tensor, " b"]:
         """Examples of the rollout of this step."""
         return torch.from_numpy(indices)
@@ -185,11 +195,12 @@ class _Online:
             prompts,
             config.num_generations,
             (config.seed, self.number),
+            weights=self.weights,
+            mode=config.reward_mode,
             branch=self.method.branch(),
             model_version=step,
         )
-        total = total_reward(rollout.rewards, self.weights)
-        metrics = rollout_metrics(rollout, [r.name for r in self.rewards], total)
+        metrics = rollout_metrics(rollout, [r.name for r in self.rewards])
         with torch.no_grad():
             experience = self._kept(self.method.learn(rollout))
             experience = self._old_logps(experience, network)
@@ -244,6 +255,10 @@ class _Offline:
         self.size = len(self.pairs)
         self.resolution = model.resolution
 
+    def conditions(self) -> list[str | int]:
+        """Those of all pairs."""
+        return [pair.condition for pair in self.pairs]
+
     def load_batch(self, indices: np.ndarray, step: int) -> dict[str, Any]:
         """Pictures and conditions of some pairs."""
         return load_pairs(self.pairs, indices, self.resolution)
@@ -279,16 +294,28 @@ class _Watcher:
         least = min(2, max(1, len(held_out)))
         self.monitor = HeldOutMonitor(config.held_out_patience, least)
         self._stop = False
+        steps = config.max_train_steps or 0
+        every = config.validation_steps or steps
+        seen = steps // every if every and config.num_validation_prompts else 0
+        if held_out and seen < config.held_out_patience:
+            logger.warning(
+                "held_out_rewards are measured %d times in this run and can stop it after %d; set "
+                "validation_steps to %d or less",
+                *(seen, config.held_out_patience),
+                steps // config.held_out_patience,
+            )
 
     def before(self) -> None:
-        """The grid of the model as it came."""
-        target = Path(self.config.output_dir, "samples", "step_00000000.png")
-        if self.config.num_validation_prompts and not target.exists():
-            self._measure(self.model.policy.network, 0)
+        """The grid of the model as it came, and the first rewards; not in a resumed run."""
+        if self.config.num_validation_prompts and latest_checkpoint(self.config.output_dir) is None:
+            self._watch(self.model.policy.network, 0)
 
     def validate(self, modules: Mapping[str, nn.Module], step: int) -> dict[str, float]:
         """Rewards and a grid by the current weights."""
-        values = self._measure(modules["policy"], step)
+        return self._watch(modules["policy"], step)
+
+    def _watch(self, network: nn.Module, step: int) -> dict[str, float]:
+        values = self._measure(network, step)
         held_out = {r.name: values[f"held_out/{r.name}"] for r in self.held_out}
         if held_out:
             self._stop = self.monitor.update(values["reward"], held_out)
@@ -308,7 +335,7 @@ class _Watcher:
         seeds = list(range(_VALIDATION_SEED, _VALIDATION_SEED + len(conditions)))
         images = self.model.draw(network, conditions, seeds)
         columns = score_all([*self.rewards, *self.held_out], images, self.prompts)
-        total = total_reward(columns[:, : len(self.rewards)], self.weights)
+        total = combine(columns[:, : len(self.rewards)], self.weights, self.config.reward_mode)
         values = {"reward": float(total.nanmean())}
         for k, reward in enumerate(self.rewards):
             values[f"rewards/{reward.name}/mean"] = float(columns[:, k].nanmean())
@@ -323,15 +350,25 @@ def _open_rewards(
     config: AlignConfig, given: Mapping[str, Any]
 ) -> tuple[list[AnyReward], list[AnyReward]]:
     """Rewards to train by, and those that are only watched."""
-    own = {name: as_reward(function, name) for name, function in given.items()}
-    named = {*config.reward_funcs, *config.held_out_rewards}
-    names = [*config.reward_funcs, *(name for name in own if name not in named)]
+    own = {name: named(function, name) for name, function in given.items()}
+    asked = {*config.reward_funcs, *config.held_out_rewards}
+    names = [*config.reward_funcs, *(name for name in own if name not in asked)]
     device = f"cuda:{processes.local_rank()}" if torch.cuda.is_available() else "cpu"
 
-    def opened(name: str) -> AnyReward:
-        return (
-            own[name] if name in own else open_reward(name, device=device, download=config.download)
+    every = [*names, *config.held_out_rewards]
+    if twice := [name for name in every if every.count(name) > 1]:
+        raise UserError(
+            f'the reward "{twice[0]}" is named twice in reward_funcs and held_out_rewards'
         )
+    kinds = [name.partition(":")[0] for name in every]
+    options: dict[str, Any] = {"device": device, "download": config.download}
+    options |= {"timeout": config.http_timeout, "retries": config.http_retries}
+
+    def opened(name: str) -> AnyReward:
+        if name in own:
+            return own[name]
+        reward = open_reward(name, **options)
+        return named(reward, name) if kinds.count(name.partition(":")[0]) > 1 else reward
 
     if not names and config.pairs is None:
         raise UserError('reward_funcs is empty; name a reward, for example "checker"')
@@ -341,28 +378,49 @@ def _open_rewards(
             f"reward_weights has {given_weights} numbers for {len(names)} rewards: "
             f"{', '.join(names)}"
         )
-    return [opened(name) for name in names], [opened(name) for name in config.held_out_rewards]
+    given_scales = len(config.reward_scales)
+    if given_scales and given_scales != len(names):
+        raise UserError(
+            f"reward_scales has {given_scales} numbers for {len(names)} rewards: {', '.join(names)}"
+        )
+    trained = [opened(name) for name in names]
+    scales = config.reward_scales or (1.0,) * len(names)
+    trained = [_scaled(reward, scale) for reward, scale in zip(trained, scales, strict=True)]
+    return trained, [opened(name) for name in config.held_out_rewards]
+
+
+def _scaled(reward: AnyReward, scale: float) -> AnyReward:
+    if scale == 1:
+        return reward
+    if not isinstance(reward, CheckedReward):
+        raise UserError(
+            f'reward_scales: the reward "{reward.name}" is none of single pictures; give it the '
+            "scale 1 and a weight"
+        )
+    return normalized(reward, scale)
 
 
 def _hold_out(prompts: Sequence[Prompt], count: int) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
-    """Prompts to watch, and those to train on: the others, if there are enough of them."""
-    if len(prompts) >= 2 * count:
-        return prompts[len(prompts) - count :], prompts[: len(prompts) - count]
-    return prompts[:count], prompts
+    """Prompts to watch, and those to train on: the other texts, if there are plenty of them."""
+    texts = isinstance(prompts[0].condition, str)
+    if not texts or len(prompts) < _PLENTY * count:
+        return prompts[:count], prompts
+    watched = prompts[len(prompts) - count :]
+    held_out = {prompt.condition for prompt in watched}
+    return watched, [prompt for prompt in prompts if prompt.condition not in held_out]
 
 
 def _open_method(
     config: AlignConfig,
     model: AlignModel,
-    weights: Sequence[float],
     token_mask: TokenMask | None,
 ) -> Method:
     settings = getattr(config, config.method)
     if token_mask is not None:
         if config.method != "grpo":
             raise UserError(f"token_mask is for method grpo, not {config.method}")
-        return GRPO(settings, model.policy, weights, token_mask)
-    return METHODS[config.method](settings, model.policy, weights)
+        return GRPO(settings, model.policy, token_mask)
+    return METHODS[config.method](settings, model.policy)
 
 
 def _optimizer(network: nn.Module, config: AlignConfig) -> torch.optim.Optimizer:

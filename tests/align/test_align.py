@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,14 @@ from torch import Tensor
 
 from nextscale.align import AlignConfig, align
 from nextscale.align.experience import collect
+from nextscale.align.methods.dpo import DPOConfig
 from nextscale.align.methods.grpo import GRPO, GRPOConfig
 from nextscale.align.policies.next_scale import NextScalePolicy
 from nextscale.align.prompts import Prompt, draw_prompts, open_prompts
+from nextscale.align.references import Given
 from nextscale.align.report import compare
 from nextscale.align.rewards import as_reward
+from nextscale.align.train import _hold_out
 from nextscale.errors import UserError
 from nextscale.pipeline import NextScalePipeline
 from nextscale.storage import read_tensors
@@ -89,9 +93,10 @@ def brightness(images: Tensor, prompts: Sequence[int]) -> Tensor:
     return images.mean((1, 2, 3))
 
 
+@pytest.mark.parametrize("seed", [0, 1000, 2000])
 @pytest.mark.parametrize("method", ["grpo", "dpo", "raft"])
 def test_a_toy_reward_is_learnt(
-    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch, method: str
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch, method: str, seed: int
 ) -> None:
     monkeypatch.setattr(NextScalePolicy, "decode", count_of_first_code)
     config = settings(
@@ -106,6 +111,7 @@ def test_a_toy_reward_is_learnt(
         max_train_steps=60,
         checkpointing_steps=None,
         guidance_scale=1.0,
+        seed=seed,
     )
     align(config, rewards={"zeros": brightness}, progress=False)
     rewards = [line["rewards/zeros/mean"] for line in log(tmp_path)]
@@ -173,8 +179,6 @@ def test_a_resumed_run_is_the_unbroken_one(tmp_path: Path, model_folder: Path, m
     whole = settings(tmp_path / "whole", model_folder, **changes)
     align(whole, progress=False)
     part = settings(tmp_path / "part", model_folder, **changes)
-    from dataclasses import replace
-
     align(replace(part, max_train_steps=2), progress=False)
     align(replace(part, resume_from_checkpoint="latest"), progress=False)
     for name, tensor in weights(tmp_path / "whole").items():
@@ -184,10 +188,14 @@ def test_a_resumed_run_is_the_unbroken_one(tmp_path: Path, model_folder: Path, m
     assert whole_log[-2:] == [[line.get(k) for k in keys] for line in log(tmp_path / "part")][-2:]
 
 
-def test_two_processes_are_one(tmp_path: Path, model_folder: Path) -> None:
+@pytest.mark.parametrize("credit", ["trajectory", "vmr"])
+def test_two_processes_are_one(tmp_path: Path, model_folder: Path, credit: Any) -> None:
+    """Rollouts with and without branches, and the report."""
     config = settings(
-        tmp_path / "one", model_folder, reward_funcs=("brightness", "jpeg_compressibility")
-    )
+        tmp_path / "one", model_folder, reward_funcs=("brightness", "jpeg_compressibility"),
+        grpo=GRPOConfig(credit=credit, vmr_scale=2), num_eval_prompts=3, num_eval_images=1,
+        num_generations=2 if credit == "vmr" else 4, num_validation_prompts=3,
+    )  # fmt: skip
     align(config, progress=False)
     recipe = yaml.safe_load((tmp_path / "one" / "recipe.yaml").read_text())
     recipe |= {"output_dir": str(tmp_path / "two"), "train_batch_size": 4}
@@ -207,6 +215,10 @@ def test_two_processes_are_one(tmp_path: Path, model_folder: Path) -> None:
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
     for name, tensor in weights(tmp_path / "one").items():
         torch.testing.assert_close(tensor, weights(tmp_path / "two")[name], atol=1e-4, rtol=1e-3)
+    one, two = (json.loads((tmp_path / n / "report.json").read_text()) for n in ("one", "two"))
+    row, other = (r["prompts"]["classes"]["rewards"]["brightness"] for r in (one, two))
+    assert other["before"] == row["before"]
+    assert other["after"]["value"] == pytest.approx(row["after"]["value"], abs=1e-3)
 
 
 # ---- methods -----------------------------------------------------------------------------------
@@ -227,7 +239,7 @@ def rollout(policy: NextScalePolicy, method: Any, groups: int = 3, size: int = 2
 
 
 def test_vmr_judges_the_prefix_by_its_completions(policy: NextScalePolicy) -> None:
-    method = GRPO(GRPOConfig(credit="vmr", vmr_scale=2, vmr_samples=3), policy, [1.0])
+    method = GRPO(GRPOConfig(credit="vmr", vmr_scale=2, vmr_samples=3), policy)
     drawn = rollout(policy, method)
     assert len(drawn.trajectory) == 3 * 2 * 3
     prefix = torch.cat(drawn.trajectory.actions[:2], dim=1).view(6, 3, -1)
@@ -241,14 +253,60 @@ def test_vmr_judges_the_prefix_by_its_completions(policy: NextScalePolicy) -> No
 
 def test_vmr_can_alternate(policy: NextScalePolicy) -> None:
     config = GRPOConfig(credit="vmr", vmr_scale=2, vmr_alternate=True)
-    method = GRPO(config, policy, [1.0])
+    method = GRPO(config, policy)
     drawn = rollout(policy, method)
-    from dataclasses import replace
-
     for number, early in ((0, True), (1, False)):
         a = method.learn(replace(drawn, key=(0, number))).columns["advantages"]
         assert bool(a[:, :5].any()) == early
         assert bool(a[:, 5:].any()) != early
+
+
+def test_the_reward_that_is_trained_has_the_penalty_whatever_the_weights(
+    policy: NextScalePolicy, build_model: Callable[..., NextScaleTransformer]
+) -> None:
+    """k1 in the reward: r - beta (log pi - log ref), also for weights whose sum is not above 0."""
+    policy.baseline = Given(build_model(seed=5))
+    for weight in (1.0, -1.0):
+        small, none = (GRPO(GRPOConfig(beta=b, kl_estimator="k1"), policy) for b in (1e-6, 0.0))
+        drawn = rollout(policy, small, size=4)
+        drawn = replace(drawn, total=weight * drawn.total)
+        a, b = (method.learn(drawn).columns["advantages"] for method in (small, none))
+        torch.testing.assert_close(a, b, atol=1e-2, rtol=0)
+    strong = GRPO(GRPOConfig(beta=1e4, kl_estimator="k1", scale_rewards="none"), policy)
+    of_kl = strong.learn(drawn).columns["advantages"]
+    ev = policy.evaluate(drawn.trajectory, need=("logp", "ref_logp"))
+    assert ev.ref_logp is not None
+    penalty = (ev.logp - ev.ref_logp).mean(1).detach().view(3, 4)
+    expected = -1e4 * (penalty - penalty.mean(1, keepdim=True)).flatten()
+    torch.testing.assert_close(of_kl, expected, rtol=1e-2, atol=1.0)
+
+
+def test_settings_of_advantages_hold_for_both_parts_of_vmr(policy: NextScalePolicy) -> None:
+    plain = {"credit": "vmr", "vmr_scale": 2, "vmr_samples": 3}
+    method = GRPO(GRPOConfig(**plain, advantage_clip=0.1), policy)
+    advantages = method.learn(rollout(policy, method)).columns["advantages"]
+    assert float(advantages.abs().max()) == pytest.approx(0.1)
+    assert bool(advantages[:, :5].any())
+
+
+def test_the_most_uncertain_tokens_are_those_of_the_whole_rollout(policy: NextScalePolicy) -> None:
+    method = GRPO(GRPOConfig(top_entropy_quantile=0.25), policy)
+    experience = method.learn(rollout(policy, method, size=4))
+    chosen = experience.columns["advantages"] != 0
+    assert float(chosen.float().mean()) == pytest.approx(0.25, abs=0.02)
+    ev = policy.evaluate(experience.rollout.trajectory, need=("logp", "entropy"))
+    assert ev.entropy is not None
+    assert ev.entropy[chosen].min() >= ev.entropy[~chosen].max() - 1e-5
+
+    def gradient(size: int) -> Tensor:
+        policy.model.zero_grad()
+        for examples in torch.arange(12).split(size):
+            for loss, _ in method.losses(experience, examples, 0, policy.model):
+                (loss * len(examples) / 12).backward()
+        assert policy.model.head.weight.grad is not None
+        return policy.model.head.weight.grad.clone()
+
+    torch.testing.assert_close(gradient(3), gradient(12), atol=1e-6, rtol=1e-4)
 
 
 def test_a_token_mask_says_which_tokens_learn(policy: NextScalePolicy) -> None:
@@ -258,7 +316,7 @@ def test_a_token_mask_says_which_tokens_learn(policy: NextScalePolicy) -> None:
         return mask
 
     def gradient(mask: Any, **changes: Any) -> Tensor:
-        method = GRPO(GRPOConfig(**changes), policy, [1.0], mask)
+        method = GRPO(GRPOConfig(**changes), policy, mask)
         experience = method.learn(rollout(policy, method))
         policy.model.zero_grad()
         (loss, _), = method.losses(experience, torch.arange(6), 0, policy.model)  # fmt: skip
@@ -270,6 +328,19 @@ def test_a_token_mask_says_which_tokens_learn(policy: NextScalePolicy) -> None:
     by_weight = gradient(None, scale_weights=(1.0, 0.0, 0.0, 0.0))
     torch.testing.assert_close(masked, by_weight)
     assert not torch.allclose(masked, gradient(None))
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (lambda images, prompts: torch.ones(2, 3), r"must return weights.*\[6, 30\].*got \[2, 3\]"),
+        (lambda images, prompts: 1 / 0, "token_mask.*ZeroDivisionError"),
+    ],
+)
+def test_a_bad_token_mask_is_named(policy: NextScalePolicy, mask: Any, message: str) -> None:
+    method = GRPO(GRPOConfig(), policy, mask)
+    with pytest.raises(UserError, match=message):
+        method.learn(rollout(policy, method))
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "exact"])
@@ -335,6 +406,86 @@ def test_a_run_leaves_a_report_pictures_and_a_model(tmp_path: Path, model_folder
         assert (tmp_path / name).stat().st_size > 0
     tuned = NextScalePipeline.from_pretrained(tmp_path / "model", dtype="float32")
     assert tuned.generation.guidance_scale == 1.5
+
+
+class Spread:
+    """A set reward: the deviation of the pictures' brightness."""
+
+    name = "spread"
+
+    def features(self, images: Tensor, prompts: Sequence[Any]) -> Tensor:
+        return images.mean((2, 3))
+
+    def score_set(self, features: Tensor) -> float:
+        return float(features.std())
+
+    def contributions(self, features: Tensor) -> Tensor:
+        rows = range(len(features))
+        without = [features[[j for j in rows if j != i]].std() for i in rows]
+        return features.std() - torch.stack(without)
+
+
+class Brighter:
+    """A pairwise reward."""
+
+    name = "brighter"
+
+    def compare(self, images: Tensor, prompts: Sequence[Any]) -> Tensor:
+        values = images.mean((1, 2, 3))
+        return (values[:, None] > values).float()
+
+
+def test_rewards_of_sets_and_pairs_train_and_are_reported_as_what_they_are(
+    tmp_path: Path, model_folder: Path
+) -> None:
+    config = settings(
+        tmp_path, model_folder, reward_funcs=(), reward_weights=(100.0, 1.0), num_eval_prompts=3,
+        num_eval_images=2, held_out_rewards=("other",), num_validation_prompts=3,
+    )  # fmt: skip
+    rewards = {"set": Spread(), "pairs": Brighter(), "other": Spread()}
+    align(config, rewards=rewards, progress=False)
+    first = log(tmp_path)[0]
+    assert first["grad_norm"] > 0
+    assert first["rewards/set/mean"] > 0.005  # the contributions' mean is nearly 0
+    assert first["rewards/pairs/mean"] == pytest.approx(0.5)
+    record = json.loads((tmp_path / "report.json").read_text())
+    found = record["prompts"]["classes"]["rewards"]
+    pictures = read_tensors(tmp_path / "before.safetensors")["images"].float() / 255
+    spread = Spread()
+    expected = spread.score_set(spread.features(pictures, []))
+    assert found["set"]["before"] == {"value": pytest.approx(expected), "ci95": None}
+    assert found["other"] == found["set"]
+
+
+def test_several_rewards_become_one(tmp_path: Path, model_folder: Path) -> None:
+    def low(images: Tensor, prompts: Sequence[Any]) -> Tensor:
+        return torch.full((len(images),), -1000.0)
+
+    def blind(images: Tensor, prompts: Sequence[Any]) -> list[float]:
+        return [float("nan")] * len(images)
+
+    config = settings(
+        tmp_path, model_folder, reward_scales=(0.01, 1.0, 1.0), reward_weights=(1.0, 1.0, 0.0),
+        reward_mode="min", max_train_steps=1,
+    )  # fmt: skip
+    align(config, rewards={"low": low, "blind": blind}, progress=False)
+    line = log(tmp_path)[0]
+    assert line["rewards/brightness/mean"] < -10  # -(1 - mean)^2 / 0.01
+    assert line["reward"] == -1000
+
+
+def test_pictures_before_training_belong_to_the_run(tmp_path: Path, model_folder: Path) -> None:
+    asked = {"num_eval_prompts": 2, "num_eval_images": 1}
+    done = settings(tmp_path, model_folder, **asked, max_train_steps=2)
+    failing.calls = 3  # pyright: ignore[reportFunctionMemberAccess]
+    broken = replace(done, num_eval_images=3, reward_funcs=())
+    with pytest.raises(UserError, match="the server is gone"):
+        align(broken, rewards={"remote": failing}, progress=False)
+    align(done, progress=False)
+    assert len(read_tensors(tmp_path / "before.safetensors")["images"]) == 2
+    other = replace(done, num_eval_images=2, max_train_steps=4, resume_from_checkpoint="latest")
+    with pytest.raises(UserError, match="was drawn with other eval_prompts"):
+        align(other, progress=False)
 
 
 def test_a_lora_is_used_and_refused_on_another_base(
@@ -408,6 +559,12 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
         ({"pairs": "missing.jsonl", "method": "dpo"}, "does not exist"),
         ({"pairs": "missing.jsonl"}, "pairs are for method dpo"),
         ({"num_train_prompts": 9}, "be at most num_prompts 4"),
+        ({"reward_funcs": ("brightness", "brightness")}, 'reward "brightness" is named twice'),
+        ({"held_out_rewards": ("brightness",)}, 'reward "brightness" is named twice'),
+        ({"reward_scales": (1.0, 2.0)}, "2 numbers for 1 rewards: brightness"),
+        ({"reward_mode": "max"}, "be one of sum, min, majority"),
+        ({"eval_prompts": (), "num_eval_prompts": 2}, "eval_prompts is empty"),
+        ({"eval_features": "nowhere", "num_eval_prompts": 2}, "nowhere"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_the_first_step(
@@ -416,6 +573,65 @@ def test_what_does_not_fit_is_refused_before_the_first_step(
     with pytest.raises(UserError, match=message):
         align(settings(tmp_path / "run", model_folder, **changes), progress=False)
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "message"),
+    [
+        ("grpo", {"chunk_steps": -1}, "grpo.chunk_steps is -1, but must be above 0"),
+        ("grpo", {"advantage_clip": -1.0}, "grpo.advantage_clip is -1"),
+        ("grpo", {"epsilon_high": -5.0}, "grpo.epsilon_high is -5"),
+        ("grpo", {"delta": 1.1}, "be above 1 . epsilon_high, 1.2"),
+        ("grpo", {"std_ddof": 5}, "be 0 or 1"),
+        ("grpo", {"scale_weights": (0.0, 0.0)}, "have a number above 0"),
+        ("grpo", {"credit": "vmr", "multi_objective_aggregation": "normalize_then_sum"}, "credit"),
+        ("dpo", {"label_smoothing": 0.7}, r"lie in \[0, 0.5\)"),
+        ("dpo", {"loss_type": "exo_pair"}, "needs label_smoothing"),
+        ("dpo", {"loss_type": "sppo_hard", "f_divergence_type": "forward_kl"}, "reverse_kl only"),
+        ("dpo", {"rpo_alpha": -1.0}, "dpo.rpo_alpha is -1"),
+    ],
+)
+def test_settings_of_methods_are_checked_where_they_are_given(
+    section: str, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        {"grpo": GRPOConfig, "dpo": DPOConfig}[section](**changes)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"class_label": 99}, "class label 99 is none of the model's, 0 to 4"),
+        ({"class_label": None}, 'line 1: needs "class_label"'),
+        ({"class_label": "cat"}, 'line 1: needs "class_label"'),
+    ],
+)
+def test_labels_are_checked_before_the_first_step(
+    tmp_path: Path, model_folder: Path, line: dict[str, Any], message: str
+) -> None:
+    for name in ("a", "b"):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({**line, "chosen": "a.png", "rejected": "b.png"}))
+    config = settings(tmp_path / "run", model_folder, method="dpo", pairs=str(path))
+    with pytest.raises(UserError, match=message):
+        align(config, progress=False)
+    if line["class_label"] == 99:
+        path.write_text("\n" + json.dumps(line))
+        with pytest.raises(UserError, match=message):
+            align(settings(tmp_path / "run", model_folder, prompts=(str(path),)), progress=False)
+
+
+def test_few_prompts_are_watched_and_trained() -> None:
+    few = [Prompt(f"text {i}", {}) for i in range(10)]
+    watched, rest = _hold_out(few, 2)
+    assert rest == few
+    many = [Prompt(f"text {i % 50}", {}) for i in range(100)]
+    watched, rest = _hold_out(many, 2)
+    assert not {p.condition for p in watched} & {p.condition for p in rest}
+    assert len(rest) == 96
+    classes = [Prompt(i, {}) for i in range(100)]
+    assert _hold_out(classes, 2)[1] == classes
 
 
 def test_a_pair_file_with_missing_pictures_names_them(tmp_path: Path, model_folder: Path) -> None:
@@ -471,6 +687,6 @@ def test_a_falling_held_out_reward_stops_the_run(tmp_path: Path, model_folder: P
         checkpointing_steps=None,
     )  # fmt: skip
     result = align(config, rewards={"up": up, "down": down}, progress=False)
-    assert result.fit.steps == 3
+    assert result.fit.steps == 2
     assert result.fit.checkpoint is not None
-    assert result.fit.checkpoint.name == "step_00000003"
+    assert result.fit.checkpoint.name == "step_00000002"

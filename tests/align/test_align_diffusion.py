@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,13 @@ import diffusers as typed_diffusers
 import pytest
 import tiny_pipelines
 import torch
+from torch import Tensor
 
 from nextscale.align import AlignConfig, align
 from nextscale.align.config import DiffusionSettings
 from nextscale.align.methods.dpo import DPOConfig
 from nextscale.align.methods.grpo import GRPOConfig
+from nextscale.align.policies.diffusion import DiffusionPolicy
 from nextscale.errors import UserError
 
 # Its annotations do not know what its pipelines take.
@@ -83,13 +87,38 @@ def test_every_method_trains_a_pipeline_that_diffusers_opens(
             assert torch.equal(tensor, getattr(base, part).state_dict()[name])
 
 
+@pytest.mark.parametrize("seed", [0, 1000, 2000])
+@pytest.mark.parametrize("method", ["grpo", "dpo", "raft"])
+def test_every_method_raises_the_reward_of_a_pipeline(
+    tmp_path: Path, pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch, method: str, seed: int
+) -> None:
+    def mean_latent(policy: DiffusionPolicy, trajectory: Any) -> Tensor:
+        return trajectory.actions[-1].mean((1, 2, 3))[:, None, None, None].expand(-1, 3, 1, 1)
+
+    monkeypatch.setattr(DiffusionPolicy, "decode", mean_latent)
+    config = settings(
+        tmp_path / "run", pipeline_folder, method=method, reward_funcs=(), num_generations=8,
+        train_batch_size=16 if method == "grpo" else 2, gradient_accumulation_steps=1,
+        max_train_steps=30, learning_rate=3e-3, seed=seed,
+    )  # fmt: skip
+
+    def latent(images: Tensor, prompts: Sequence[Any]) -> Tensor:
+        return images.mean((1, 2, 3))
+
+    align(config, rewards={"latent": latent}, progress=False)
+    means = torch.tensor([line["rewards/latent/mean"] for line in log(tmp_path / "run")])
+    error = means[:5].std() / 5**0.5
+    assert means[-5:].mean() > means[:5].mean() + 3 * error
+
+
 @pytest.mark.parametrize("chunk", [2, 3])
+@pytest.mark.parametrize("scale_weights", [(), (1.0, 0.1, 0.01)])
 def test_the_steps_at_once_change_no_gradient(
-    tmp_path: Path, pipeline_folder: Path, chunk: int
+    tmp_path: Path, pipeline_folder: Path, chunk: int, scale_weights: tuple[float, ...]
 ) -> None:
     norms = []
     for size in (1, chunk):
-        grpo = GRPOConfig(epsilon=1e-4, chunk_steps=size, beta=0.1)
+        grpo = GRPOConfig(epsilon=1e-4, chunk_steps=size, beta=0.1, scale_weights=scale_weights)
         config = settings(tmp_path / str(size), pipeline_folder, grpo=grpo, max_train_steps=1)
         align(config, progress=False)
         norms.append(log(tmp_path / str(size))[0]["grad_norm"])
@@ -109,6 +138,48 @@ def test_a_lora_loads_in_diffusers_and_the_report_has_a_kl_per_step(
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(pipeline_folder)
     pipe.load_lora_weights(tmp_path / "run" / "model")
     assert any("lora" in name for name, _ in pipe.unet.named_parameters())
+
+
+def test_losses_of_whole_samples_need_all_steps(tmp_path: Path, pipeline_folder: Path) -> None:
+    config = settings(tmp_path / "run", pipeline_folder, grpo=GRPOConfig(loss_type="luspo"))
+    with pytest.raises(UserError, match=r"luspo needs all steps at once; set grpo\.chunk_steps 3"):
+        align(config, progress=False)
+
+
+@pytest.mark.parametrize("name", ["dit", "sd3", "flux"])
+def test_other_families_of_pipelines(tmp_path: Path, name: str) -> None:
+    pipe, arguments = tiny_pipelines.build(name)
+    pipe.save_pretrained(tmp_path / "pipe")
+    call = {key: json.dumps(value) for key, value in arguments.get("call", {}).items()}
+    prompts = {"prompts": ("classes",), "eval_prompts": ("classes",)} if name == "dit" else {}
+    config = settings(
+        tmp_path / "run", tmp_path / "pipe", **prompts, num_eval_prompts=2, num_eval_images=1,
+        diffusion=DiffusionSettings(num_inference_steps=3, call=call), max_train_steps=1,
+    )  # fmt: skip
+    align(config, progress=False)
+    assert log(tmp_path / "run")[0]["grad_norm"] > 0
+    absent = {"text_encoder_3": None, "tokenizer_3": None} if name == "sd3" else {}
+    type(pipe).from_pretrained(tmp_path / "run" / "model", **absent)
+    if name == "dit":
+        with pytest.raises(UserError, match="no LoRA format for DiTPipeline"):
+            align(replace(config, lora_rank=2, output_dir=str(tmp_path / "lora")), progress=False)
+
+
+def test_names_of_classes_are_kept(tmp_path: Path) -> None:
+    pipe, _ = tiny_pipelines.build("dit")
+    pipe.save_pretrained(tmp_path / "pipe")
+    index = tmp_path / "pipe" / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "id2label": {"1": "goldfish"}}))
+    config = settings(tmp_path / "run", tmp_path / "pipe", prompts=("classes",), max_train_steps=1)
+    align(config, progress=False)
+    tuned = diffusers.DiTPipeline.from_pretrained(tmp_path / "run" / "model")
+    assert tuned.get_label_ids(["goldfish"]) == [1]
+
+
+def test_settings_of_tokens_are_refused(tmp_path: Path, pipeline_folder: Path) -> None:
+    config = settings(tmp_path / "run", pipeline_folder, top_k=5, logp_space="conditional")
+    with pytest.raises(UserError, match="top_k, logp_space belongs to next-scale models"):
+        align(config, progress=False)
 
 
 def test_a_scheduler_without_log_probability_is_said(tmp_path: Path) -> None:

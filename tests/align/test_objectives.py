@@ -352,10 +352,12 @@ def test_the_order_of_groups_does_not_matter() -> None:
 
 
 def test_groups_without_differences_are_told_apart() -> None:
-    rewards = torch.tensor([1.0, 1.0, 0.0, 1.0])
-    groups = torch.tensor([0, 0, 1, 1])
-    useful = informative(group_advantages(rewards, groups), groups)
-    assert useful.tolist() == [False, False, True, True]
+    """Also where the mean of equal numbers is rounded: 2/3, and 51.7."""
+    rewards = torch.tensor([2 / 3] * 8 + [51.7] * 8 + [0.0] + [1.0] * 7)
+    groups = torch.arange(24) // 8
+    advantages = group_advantages(rewards, groups)
+    assert not advantages[:16].any()
+    assert informative(advantages, groups).tolist() == [False] * 16 + [True] * 8
 
 
 def test_the_soft_mean_lies_between_mean_and_best() -> None:

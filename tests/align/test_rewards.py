@@ -26,11 +26,11 @@ from nextscale import storage
 from nextscale.align.rewards import (
     REWARDS,
     HeldOutMonitor,
+    PairwiseReward,
     RewardOutput,
+    SetReward,
     as_reward,
     combine,
-    is_pairwise,
-    is_set,
     normalized,
     open_reward,
     pairwise_column,
@@ -412,8 +412,8 @@ def test_frechet_reference_is_a_folder_or_statistics(tmp_path: Path) -> None:
     for i, picture in enumerate(pixels.permute(0, 2, 3, 1).numpy()):
         Image.fromarray(picture).save(tmp_path / "real" / f"{i}.png")
     reward: Any = open_reward(f"frechet:{tmp_path / 'real'}")
-    assert is_set(reward)
-    assert not is_set(open_reward("random"))
+    assert isinstance(reward, SetReward)
+    assert not isinstance(open_reward("random"), SetReward)
     features = reward.features(images, [""] * 12)
     assert reward.score_set(features) == pytest.approx(0, abs=1e-6)
     assert reward.score_set(features.flip(0)[:6]) < -0.1
@@ -453,7 +453,7 @@ def test_a_pairwise_reward_becomes_a_column_within_groups() -> None:
     images = torch.tensor([0.9, 0.1, 0.5, 0.2, 0.3]).view(5, 1, 1, 1).expand(5, 3, 4, 4)
     groups = torch.tensor([0, 1, 0, 1, 2])
     reward = Brighter()
-    assert is_pairwise(reward)
+    assert isinstance(reward, PairwiseReward)
     column = pairwise_column(reward, images, [""] * 5, groups)
     up, down = torch.sigmoid(torch.tensor([0.4, 0.1])), torch.sigmoid(torch.tensor([-0.4, -0.1]))
     expected = torch.stack([up[0], down[1], down[0], up[1], torch.tensor(math.nan)])
@@ -493,7 +493,7 @@ def test_combine_modes() -> None:
 
 def test_normalized_rewards_keep_the_raw_value() -> None:
     reward = as_reward(fixed([13.0, 26.0]), "pickscore", range=(0, 52))
-    scaled = normalized(reward)
+    scaled = normalized(reward, 26)
     columns, extra = score([scaled, normalized(reward, offset=13, scale=2)], noise(2), ["", ""])
     assert columns.tolist() == [[0.5, 0], [1, 6.5]]
     assert extra["pickscore/raw"].tolist() == [13, 26]
@@ -535,7 +535,7 @@ class Server:
 
     def __init__(self, answer: Answers) -> None:
         self.requests: list[dict[str, Any]] = []
-        self.stop = threading.Event()
+        self.stop, self.pause = threading.Event(), 0.0
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -550,7 +550,10 @@ class Server:
                 text = body if isinstance(body, bytes) else json.dumps(body).encode()
                 self.send_response(code)
                 self.end_headers()
-                self.wfile.write(text)
+                step = 1 if outer.pause else len(text) or 1
+                for i in range(0, len(text), step):
+                    self.wfile.write(text[i : i + step])
+                    outer.stop.wait(outer.pause)
 
             def log_message(self, format: str, *args: Any) -> None:
                 pass
@@ -618,6 +621,18 @@ def test_a_server_that_hangs_costs_its_batch_alone(
     assert len(server.requests) == 4  # one of them again
     (record,) = caplog.records
     assert "for 2 pictures, which are left out" in record.getMessage()
+
+
+def test_a_server_that_dribbles_has_no_more_time(
+    serve: Callable[[Answers], Server], caplog: pytest.LogCaptureFixture
+) -> None:
+    server = serve(lambda content, number: {"scores": [1.0]})
+    server.pause = 0.2
+    start = time.monotonic()
+    values = http_reward(server.url, timeout=0.5, retries=0)(noise(1), ["a"]).values
+    assert time.monotonic() - start < 2
+    assert values.isnan().all()
+    assert "no whole answer within 0.5 s" in caplog.records[0].getMessage()
 
 
 @pytest.mark.parametrize(

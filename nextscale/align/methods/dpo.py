@@ -11,8 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nextscale.align.experience import Experience, Rollout, sample_streams
-from nextscale.align.methods.method import Loss, grouped, total_reward
-from nextscale.align.objectives.dpo import DIVERGENCES, LOSS_TYPES, dpo_loss, dpo_metrics
+from nextscale.align.methods.method import Loss, grouped
+from nextscale.align.objectives.dpo import check_settings, dpo_loss, dpo_metrics
 from nextscale.align.trajectory import Policy, Trajectory
 from nextscale.align.units import scale_weights
 from nextscale.errors import require
@@ -49,15 +49,16 @@ class DPOConfig:
 
     def __post_init__(self) -> None:
         choices = {
-            "loss_type": LOSS_TYPES,
-            "f_divergence_type": DIVERGENCES,
             "score": ("pair", "policy"),
             "scale_weight": ("token", "scale", "power"),
         }
         for name, allowed in choices.items():
             value = getattr(self, name)
             require(f"dpo.{name}", value, value in allowed, f"be one of {', '.join(allowed)}")
+        divergence, alpha = self.f_divergence_type, self.f_alpha_divergence_coef
+        check_settings(self.loss_type, divergence, alpha, self.label_smoothing)
         require("dpo.beta", self.beta, self.beta > 0, "be above 0")
+        require("dpo.rpo_alpha", self.rpo_alpha, self.rpo_alpha >= 0, "be 0 or more")
         require("dpo.margin", self.margin, self.margin >= 0, "be 0 or more")
 
 
@@ -67,15 +68,12 @@ class DPO:
     Args:
         settings: See there.
         policy: What is trained.
-        reward_weights: One per reward.
     """
 
     needs_reference = True
 
-    def __init__(
-        self, settings: DPOConfig, policy: Policy, reward_weights: Sequence[float]
-    ) -> None:
-        self.settings, self.policy, self.reward_weights = settings, policy, list(reward_weights)
+    def __init__(self, settings: DPOConfig, policy: Policy) -> None:
+        self.settings, self.policy = settings, policy
         self.weights = scale_weights(
             policy.units, settings.scale_weight, settings.scale_weight_alpha
         )
@@ -90,7 +88,7 @@ class DPO:
 
     def learn(self, rollout: Rollout) -> Experience:
         """The best and the worst of each group; a pair within the margin has weight 0."""
-        total = grouped(total_reward(rollout.rewards, self.reward_weights), rollout.groups)
+        total = grouped(rollout.total, rollout.groups)
         best = total.nan_to_num(-torch.inf).argmax(1)
         worst = total.nan_to_num(torch.inf).argmin(1)
         first = torch.arange(len(total), device=total.device) * total.shape[1]

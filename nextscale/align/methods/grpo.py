@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from nextscale.align.advantages import (
@@ -24,15 +24,18 @@ from nextscale.align.advantages import (
     soft_mean,
 )
 from nextscale.align.experience import Experience, Rollout
-from nextscale.align.methods.method import Loss, total_reward
+from nextscale.align.methods.method import Loss
 from nextscale.align.objectives.grpo import LEVELS, LOSS_TYPES, aggregate, grpo_loss, grpo_metrics
 from nextscale.align.objectives.kl import k2
+from nextscale.align.rewards.reward import call
 from nextscale.align.trajectory import Policy, StepEval
 from nextscale.align.units import scale_weights
 from nextscale.errors import UserError, require
 from nextscale.streams import stream
 
 KL_ESTIMATORS = ("k1", "k2", "k3", "exact")
+WHOLE = ("luspo", "vespo")  # loss types whose ratio is that of a whole sample
+_JUDGED = 32  # samples judged at once outside of the loss
 TokenMask = Callable[[Float[Tensor, "b 3 H W"], Sequence[str | int]], Float[Tensor, "b u"]]
 """Pictures in [0, 1] and their prompts -> weight of every unit."""
 
@@ -71,7 +74,8 @@ class GRPOConfig:
     entropy_coef: float = 0.0
     """Weight of an entropy bonus (categorical policies)."""
     top_entropy_quantile: float = 1.0
-    """Only this share of a micro-batch's tokens, those of highest entropy, count; 1: all."""
+    """Only this share of a rollout's tokens, those of highest entropy, get a policy gradient (trl
+    takes the share of each micro-batch); 1: all."""
 
     scale_weight: str = "token"
     """Weight of tokens: token (1), scale (1 / n_k, each scale is one action) or power (n_k^-a)."""
@@ -110,10 +114,26 @@ class GRPOConfig:
         for name, allowed in choices.items():
             value = getattr(self, name)
             require(f"grpo.{name}", value, value in allowed, f"be one of {', '.join(allowed)}")
-        for name in ("epsilon", "vmr_samples", "vmr_temperature"):
-            require(f"grpo.{name}", getattr(self, name), getattr(self, name) > 0, "be above 0")
-        for name in ("beta", "entropy_coef"):
+        positive = ("epsilon", "epsilon_high", "vmr_samples", "vmr_temperature")
+        for name in (*positive, "advantage_clip", "chunk_steps"):
+            value = getattr(self, name)
+            require(f"grpo.{name}", value, value is None or value > 0, "be above 0")
+        for name in ("beta", "entropy_coef", "std_eps"):
             require(f"grpo.{name}", getattr(self, name), getattr(self, name) >= 0, "be 0 or more")
+        require("grpo.std_ddof", self.std_ddof, self.std_ddof in (0, 1), "be 0 or 1")
+        least = 1 + (self.epsilon if self.epsilon_high is None else self.epsilon_high)
+        capped = self.delta is None or self.delta > least
+        require("grpo.delta", self.delta, capped, f"be above 1 + epsilon_high, {least:g}")
+        given = not self.scale_weights or max(self.scale_weights) > 0
+        require("grpo.scale_weights", self.scale_weights, given, "have a number above 0")
+        if self.multi_objective_aggregation == "normalize_then_sum":
+            k1 = self.beta > 0 and self.kl_estimator == "k1"
+            if k1 or self.credit == "vmr":
+                what = "kl_estimator k1" if k1 else "credit vmr"
+                raise UserError(
+                    f"{what} needs one reward per sample: use multi_objective_aggregation "
+                    "sum_then_normalize with reward_weights or reward_scales"
+                )
         for name in ("top_entropy_quantile", "step_fraction"):
             value = getattr(self, name)
             require(f"grpo.{name}", value, 0 < value <= 1, "lie in (0, 1]")
@@ -125,7 +145,6 @@ class GRPO:
     Args:
         settings: See there.
         policy: What is trained.
-        reward_weights: One per reward.
         token_mask: Further weights of units, from the pictures; None: all count.
 
     Raises:
@@ -136,10 +155,9 @@ class GRPO:
         self,
         settings: GRPOConfig,
         policy: Policy,
-        reward_weights: Sequence[float],
         token_mask: TokenMask | None = None,
     ) -> None:
-        self.settings, self.policy, self.reward_weights = settings, policy, list(reward_weights)
+        self.settings, self.policy = settings, policy
         self.token_mask = token_mask
         self.needs_reference = settings.beta > 0
         given = settings.scale_weights or settings.scale_weight
@@ -148,10 +166,11 @@ class GRPO:
         if gaussian and (settings.entropy_coef or settings.top_entropy_quantile < 1):
             raise UserError("entropy settings are for next-scale models; set entropy_coef 0")
         self.chunk = settings.chunk_steps or (1 if gaussian else policy.num_steps)
-        if self.chunk < policy.num_steps and settings.importance_sampling_level == "sequence":
+        sequence = settings.importance_sampling_level == "sequence"
+        if self.chunk < policy.num_steps and (sequence or settings.loss_type in WHOLE):
+            what = "importance_sampling_level sequence" if sequence else settings.loss_type
             raise UserError(
-                "importance_sampling_level sequence needs all steps at once; set grpo.chunk_steps "
-                f"{policy.num_steps}"
+                f"{what} needs all steps at once; set grpo.chunk_steps {policy.num_steps}"
             )
         if settings.credit == "vmr":
             last = policy.num_steps - 1
@@ -173,50 +192,50 @@ class GRPO:
 
     def learn(self, rollout: Rollout) -> Experience:
         """Advantages of all samples; those of groups without differences are given weight 0."""
-        total = total_reward(rollout.rewards, self.reward_weights)
-        rewards = rollout.rewards
-        if self.settings.kl_estimator == "k1" and self.settings.beta:
-            penalty = self.settings.beta * self._mean_log_ratio(rollout)
-            rewards = rewards - penalty[:, None] / max(sum(self.reward_weights), 1e-12)
-        plain = self._advantages(rewards, rollout.groups)
+        settings, total = self.settings, rollout.total
+        if settings.beta and settings.kl_estimator == "k1":
+            total = total - settings.beta * self._mean_log_ratio(rollout)
+        plain = self._advantages(rollout, total)
         columns = {"advantages": plain, "old_logps": torch.cat(_columns(rollout), dim=1)}
-        if self.settings.credit == "vmr":
+        if settings.credit == "vmr":
             columns["advantages"] = self._vmr(rollout, total, plain)
+        if settings.advantage_clip is not None:
+            limit = settings.advantage_clip
+            columns["advantages"] = columns["advantages"].clamp(-limit, limit)
+        if settings.top_entropy_quantile < 1:
+            per_unit = columns["advantages"].view(len(plain), -1)
+            columns["advantages"] = per_unit * self._uncertain(rollout)
         if self.token_mask is not None:
-            conditions = [prompt.condition for prompt in rollout.prompts]
-            assert rollout.trajectory.images is not None
-            columns["mask"] = self.token_mask(rollout.trajectory.images, conditions).to(plain)
+            columns["mask"] = self._token_weights(self.token_mask, rollout).to(plain)
         strength = columns["advantages"].abs()
         strength = strength if strength.ndim == 1 else strength.amax(dim=1)
         items = torch.arange(len(plain), device=plain.device)[:, None]
         useful = informative(strength, rollout.groups).to(plain)
         return Experience(rollout, items, useful, columns)
 
-    def _advantages(self, rewards: Tensor, groups: Tensor) -> Tensor:
-        settings = self.settings
-        advantages = combined_advantages(
-            rewards,
-            self.reward_weights,
-            groups,
-            multi_objective_aggregation=settings.multi_objective_aggregation,
-            scale_rewards=settings.scale_rewards,
-            std_eps=settings.std_eps,
-            std_ddof=settings.std_ddof,
+    def _advantages(self, rollout: Rollout, total: Tensor) -> Float[Tensor, " b"]:
+        """One per sample; normalize_then_sum looks at the rewards one by one."""
+        options = self._scaling()
+        if self.settings.multi_objective_aggregation == "sum_then_normalize":
+            return group_advantages(total, rollout.groups, **options)
+        return combined_advantages(
+            rollout.rewards,
+            rollout.weights,
+            rollout.groups,
+            multi_objective_aggregation="normalize_then_sum",
+            **options,
         )
-        limit = settings.advantage_clip
-        return advantages if limit is None else advantages.clamp(-limit, limit)
+
+    def _scaling(self) -> dict[str, Any]:
+        names = ("scale_rewards", "std_eps", "std_ddof")
+        return {name: getattr(self.settings, name) for name in names}
 
     def _vmr(self, rollout: Rollout, total: Tensor, plain: Tensor) -> Float[Tensor, "b u"]:
         """[B, U]: units before `vmr_scale` get their prefix's advantage, the others their own."""
         settings, samples = self.settings, self.settings.vmr_samples
         values = soft_mean(total.view(-1, samples), settings.vmr_temperature)
-        prefixes = group_advantages(
-            values,
-            rollout.groups[::samples],
-            scale_rewards=settings.scale_rewards,
-            std_eps=settings.std_eps,
-            std_ddof=settings.std_ddof,
-        ).repeat_interleave(samples)
+        prefixes = group_advantages(values, rollout.groups[::samples], **self._scaling())
+        prefixes = prefixes.repeat_interleave(samples)
         step = _unit_steps(self.policy).to(plain.device)
         early = (step < settings.vmr_scale)[None]
         advantages = torch.where(early, prefixes[:, None], plain[:, None])
@@ -228,10 +247,42 @@ class GRPO:
     @torch.no_grad()
     def _mean_log_ratio(self, rollout: Rollout) -> Float[Tensor, " b"]:
         """k1 = log pi - log ref of each sample, mean over units."""
-        ev = self.policy.evaluate(rollout.trajectory, need=("logp", "ref_logp"))
-        assert ev.ref_logp is not None
-        mask = self._mask(ev)
-        return ((ev.logp - ev.ref_logp) * mask).sum(1) / mask.sum(1)
+        found = []
+        for ev in self._judged(rollout, "ref_logp"):
+            assert ev.ref_logp is not None
+            mask = self._mask(ev)
+            found.append(((ev.logp - ev.ref_logp) * mask).sum(1) / mask.sum(1))
+        return torch.cat(found)
+
+    @torch.no_grad()
+    def _uncertain(self, rollout: Rollout) -> Bool[Tensor, "b u"]:
+        """The units that count, of highest entropy among all of the rollout."""
+        found = []
+        for ev in self._judged(rollout, "entropy"):
+            assert ev.entropy is not None
+            found.append(torch.where(ev.mask, ev.entropy, torch.nan))
+        entropy = torch.cat(found)
+        order = entropy[~entropy.isnan()].sort(descending=True).values
+        count = max(1, round(self.settings.top_entropy_quantile * len(order)))
+        return entropy >= order[count - 1]
+
+    def _judged(self, rollout: Rollout, need: str) -> Iterator[StepEval]:
+        """The samples under the current weights, some at a time."""
+        for start in range(0, len(rollout.trajectory), _JUDGED):
+            part = rollout.trajectory.index(slice(start, start + _JUDGED))
+            yield self.policy.evaluate(part, need=("logp", need))
+
+    def _token_weights(self, token_mask: TokenMask, rollout: Rollout) -> Float[Tensor, "b u"]:
+        """What the user's mask says of the rollout's pictures."""
+        conditions = [prompt.condition for prompt in rollout.prompts]
+        found = call("token_mask", token_mask, rollout.trajectory.images, conditions)
+        size = (len(conditions), sum(self.policy.units))
+        if found.shape != size or not bool((found >= 0).all()):
+            raise UserError(
+                f"token_mask must return weights of 0 or more, {list(size)}, one per token of all "
+                f"scales; got {list(found.shape)} from {float(found.min()):g} on"
+            )
+        return found
 
     # ---- loss --------------------------------------------------------------------------------
 
@@ -245,15 +296,14 @@ class GRPO:
         own = {name: column[rows] for name, column in experience.columns.items()}
         steps = self._steps(trajectory.stochastic, experience.rollout.key, step)
         chunks = [steps[i : i + self.chunk] for i in range(0, len(steps), self.chunk)]
-        # Sum of the weights of a sample, over the whole rollout: the same for every micro-batch.
-        each = self._step_weights(experience, steps).mean(0).sum()
+        # Sums of the weights over all steps, which neither chunks nor micro-batches change: of each
+        # sample, or of all samples of the rollout.
+        each = self._step_weights(experience, steps).sum(1).expand(len(experience.rollout.groups))
+        averaged = self.settings.loss_type in ("grpo", "sapo")
+        normalizer = each[rows] if averaged else each.mean() * len(rows)
         for chunk in chunks:
             ev = self.policy.evaluate(trajectory, chunk, need=self._need(), network=network)
-            mask = self._mask(ev, own.get("mask"))
-            loss, metrics = self._loss(ev, own, mask, weight, each * len(rows))
-            # The chunk's share, so that averages over chunks add up to the average over steps.
-            share = len(chunk) / len(steps) if len(chunks) > 1 and self._averaged() else 1.0
-            yield loss * share, metrics
+            yield self._loss(ev, own, self._mask(ev, own.get("mask")), weight, normalizer)
 
     def _loss(
         self, ev: StepEval, own: dict[str, Tensor], mask: Tensor, weight: Tensor, normalizer: Tensor
@@ -271,7 +321,6 @@ class GRPO:
             "importance_sampling_level": settings.importance_sampling_level,
             "use_bias_correction_kl": settings.use_bias_correction_kl,
         }
-        total = normalizer if settings.loss_type in ("bnpo", "dapo", "cispo", "vespo") else None
         loss = grpo_loss(
             ev.logp,
             old,
@@ -282,19 +331,21 @@ class GRPO:
             delta=settings.delta,
             beta=k3,
             max_completion_length=sum(self.policy.units),
-            normalizer=total,
+            normalizer=normalizer,
             **shared,
         )
         extra = self._extra_terms(ev)
         if extra is not None:
             length = sum(self.policy.units)
             loss = loss + aggregate(
-                extra, mask, settings.loss_type, max_completion_length=length, normalizer=total
+                extra, mask, settings.loss_type, max_completion_length=length, normalizer=normalizer
             )
         metrics = grpo_metrics(ev.logp, old, advantages, mask, ref_logps=ev.ref_logp, **shared)
         if ev.entropy is not None:
             entropy = (ev.entropy.detach() * mask).sum() / mask.sum().clamp_min(1e-12)
             metrics["entropy"] = float(entropy)
+        if ev.kl is not None:
+            metrics["kl"] = float((ev.kl.detach() * mask).sum() / mask.sum().clamp_min(1e-12))
         return loss, metrics
 
     def _extra_terms(self, ev: StepEval) -> Tensor | None:
@@ -320,15 +371,9 @@ class GRPO:
         return tuple(need)
 
     def _mask(self, ev: StepEval, token_mask: Tensor | None = None) -> Float[Tensor, "b u"]:
-        """Weight of each unit: scale weights, token mask, highest entropies."""
+        """Weight of each unit: scale weights and token mask."""
         mask = ev.mask.to(ev.logp) * self.weights.to(ev.logp)[ev.unit]
-        if token_mask is not None:
-            mask = mask * token_mask[:, ev.unit]
-        if self.settings.top_entropy_quantile < 1:
-            assert ev.entropy is not None
-            border = ev.entropy.detach().flatten().quantile(1 - self.settings.top_entropy_quantile)
-            mask = mask * (ev.entropy >= border)
-        return mask
+        return mask if token_mask is None else mask * token_mask[:, ev.unit]
 
     def _step_weights(self, experience: Experience, steps: Sequence[int]) -> Float[Tensor, "b u"]:
         """The weights of all units of these steps, of every sample."""
@@ -336,10 +381,6 @@ class GRPO:
         chosen = torch.isin(_unit_steps(self.policy), torch.tensor(list(steps)))
         mask = (self.weights * chosen).to(device)[None]
         return mask * experience.columns["mask"] if "mask" in experience.columns else mask
-
-    def _averaged(self) -> bool:
-        """Whether the loss type divides by the weights that it is given."""
-        return self.settings.loss_type in ("grpo", "sapo")
 
     def _steps(self, stochastic: Sequence[bool], key: tuple[int, int], step: int) -> list[int]:
         """The steps to train: stochastic ones, or a random share of them."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -26,7 +25,7 @@ class Method(Protocol):
 
     needs_reference: bool
 
-    def __init__(self, settings: Any, policy: Policy, reward_weights: Sequence[float]) -> None: ...
+    def __init__(self, settings: Any, policy: Policy) -> None: ...
 
     def items_per_group(self, num_generations: int) -> int:
         """Examples that a group of a rollout gives; the data of a step are counted in these."""
@@ -52,11 +51,6 @@ class Method(Protocol):
             network: The wrapped module of the training loop.
         """
         ...
-
-
-def total_reward(rewards: Float[Tensor, "b k"], weights: Sequence[float]) -> Float[Tensor, " b"]:
-    """Weighted sum; NaN if any reward is."""
-    return (rewards * torch.tensor(weights, dtype=rewards.dtype, device=rewards.device)).sum(1)
 
 
 def grouped(values: Float[Tensor, " b"], groups: Int[Tensor, " b"]) -> Float[Tensor, "p g"]:

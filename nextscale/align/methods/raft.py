@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from nextscale.align.experience import Experience, Rollout, sample_streams
-from nextscale.align.methods.method import Loss, grouped, total_reward
+from nextscale.align.methods.method import Loss, grouped
 from nextscale.align.trajectory import Policy
 from nextscale.align.units import scale_weights
 from nextscale.errors import require
@@ -39,15 +39,12 @@ class RAFT:
     Args:
         settings: See there.
         policy: What is trained.
-        reward_weights: One per reward.
     """
 
     needs_reference = False
 
-    def __init__(
-        self, settings: RAFTConfig, policy: Policy, reward_weights: Sequence[float]
-    ) -> None:
-        self.settings, self.policy, self.reward_weights = settings, policy, list(reward_weights)
+    def __init__(self, settings: RAFTConfig, policy: Policy) -> None:
+        self.settings, self.policy = settings, policy
         self.weights = scale_weights(
             policy.units, settings.scale_weight, settings.scale_weight_alpha
         )
@@ -65,7 +62,7 @@ class RAFT:
     def learn(self, rollout: Rollout) -> Experience:
         """The best samples of each group; equal ones in the order of drawing."""
         settings = self.settings
-        total = grouped(total_reward(rollout.rewards, self.reward_weights), rollout.groups)
+        total = grouped(rollout.total, rollout.groups)
         order = total.nan_to_num(-torch.inf).argsort(dim=1, descending=True, stable=True)
         best = order[:, : settings.top_k]
         kept = total.gather(1, best)

@@ -83,7 +83,7 @@ def dpo_loss(
     Raises:
         UserError: For an unknown name or a combination that is not defined.
     """
-    _check(loss_type, f_divergence_type, f_alpha_divergence_coef, label_smoothing)
+    check_settings(loss_type, f_divergence_type, f_alpha_divergence_coef, label_smoothing)
     chosen, n_chosen = _sums(chosen_logps, chosen_mask)
     rejected, n_rejected = _sums(rejected_logps, rejected_mask)
     a = chosen - _sums(ref_chosen_logps, chosen_mask)[0]
@@ -174,7 +174,12 @@ def _score(h: Tensor, divergence: str, alpha: float) -> Tensor:
     return torch.expm1((alpha - 1) * h) / (alpha - 1)
 
 
-def _check(loss_type: str, divergence: str, alpha: float, smoothing: float) -> None:
+def check_settings(loss_type: str, divergence: str, alpha: float, smoothing: float) -> None:
+    """Refuse what `dpo_loss` has no formula for.
+
+    Raises:
+        UserError: Says which setting.
+    """
     require("loss_type", loss_type, loss_type in LOSS_TYPES, f"be one of {', '.join(LOSS_TYPES)}")
     known = divergence in DIVERGENCES
     require("f_divergence_type", divergence, known, f"be one of {', '.join(DIVERGENCES)}")

@@ -72,8 +72,9 @@ def grpo_loss(
         use_bias_correction_kl: Multiply the KL term by rho, whose gradient is then that of the
             reverse KL.
         normalizer: Sum of the mask over everything that one optimizer step sees, so that the
-            gradient does not depend on how it is split; None: over this batch. Without effect
-            on grpo, dr_grpo, sapo and luspo.
+            gradient does not depend on how it is split; None: over this batch. grpo and sapo, which
+            average sample by sample, take [B], sums over all units of each sample, where this batch
+            holds only some of them; one number has no effect on them, nor on dr_grpo and luspo.
 
     Raises:
         UserError: For an unknown name, or shapes that do not fit.
@@ -122,7 +123,9 @@ def aggregate(
     """The average of unit losses that belongs to a `loss_type`, see `grpo_loss`."""
     weighted = loss * mask
     if loss_type in ("grpo", "sapo"):
-        return (weighted.sum(1) / mask.sum(1).clamp_min(_TINY)).mean()
+        whole = isinstance(normalizer, Tensor) and normalizer.ndim == 1
+        each = normalizer.to(mask) if whole else mask.sum(1)
+        return (weighted.sum(1) / each.clamp_min(_TINY)).mean()
     if loss_type == "dr_grpo":
         length = loss.shape[1] if max_completion_length is None else max_completion_length
         return weighted.sum() / (len(loss) * length)

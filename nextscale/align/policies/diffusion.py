@@ -440,7 +440,8 @@ def _is_flow(pipe: Any) -> bool:
     wanted = "FlowMatchEulerDiscreteScheduler" if flow else "DDIMScheduler"
     raise UserError(
         f"the steps of {type(scheduler).__name__} have no log-probability; set pipe.scheduler = "
-        f"{wanted}.from_config(pipe.scheduler.config)"
+        f"{wanted}.from_config(pipe.scheduler.config); for the command line, write that with "
+        "pipe.save_pretrained(FOLDER) and give --model FOLDER"
     )
 
 

@@ -1,13 +1,12 @@
 """Rewards: what a policy is trained to make more of, behind one call convention."""
 
 from nextscale.align.rewards.columns import (
-    is_pairwise,
-    is_set,
     pairwise_column,
     preference_scores,
     score,
     set_column,
     set_features,
+    set_score,
 )
 from nextscale.align.rewards.composition import HeldOutMonitor, combine, normalized
 from nextscale.align.rewards.registry import REWARDS, open_reward
@@ -29,8 +28,6 @@ __all__ = [
     "SetReward",
     "as_reward",
     "combine",
-    "is_pairwise",
-    "is_set",
     "normalized",
     "open_reward",
     "pairwise_column",
@@ -39,4 +36,5 @@ __all__ = [
     "scorer_reward",
     "set_column",
     "set_features",
+    "set_score",
 ]

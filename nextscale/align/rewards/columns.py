@@ -21,16 +21,6 @@ from nextscale.align.rewards.reward import (
 from nextscale.errors import UserError
 
 
-def is_set(reward: object) -> bool:
-    """Whether a reward scores sets."""
-    return isinstance(reward, SetReward)
-
-
-def is_pairwise(reward: object) -> bool:
-    """Whether a reward compares pictures with each other."""
-    return isinstance(reward, PairwiseReward)
-
-
 def score(
     rewards: Sequence[AnyReward],
     images: Float[Tensor, "b 3 h w"],
@@ -98,6 +88,15 @@ def set_column(reward: SetReward, features: Float[Tensor, "n d"]) -> Float[Tenso
             exit_code=1,
         )
     return found.float()
+
+
+def set_score(reward: SetReward, features: Float[Tensor, "n d"]) -> float:
+    """A set reward of the whole set.
+
+    Raises:
+        UserError: With exit code 1, if the reward raises.
+    """
+    return float(call(reward.name, reward.score_set, features))
 
 
 def preference_scores(preferences: Float[Tensor, "n n"]) -> Float[Tensor, " n"]:

@@ -21,9 +21,6 @@ from nextscale.align.rewards.reward import (
 from nextscale.errors import UserError, require
 
 MODES = ("sum", "min", "majority")
-FIELD_SCALES = {"pickscore": 26.0, "aesthetic": 10.0, "jpeg_compressibility": 500.0}
-"""What others divide a raw reward by: PickScore and JPEG kB as Flow-GRPO, aesthetic scores so that
-they end at 1. HPSv2, ImageReward, CLIP cosines and OCR are used raw."""
 
 
 def combine(
@@ -36,7 +33,7 @@ def combine(
 
     Args:
         columns: One column per reward.
-        weights: One per reward.
+        weights: One per reward; one of weight 0 is only watched.
         mode: sum: sum_k w_k r_k, NaN if any is. min: the least w_k r_k, NaN if any is: all must be
             good at once. majority: 1 where rewards above one half hold more than half of the
             weight of those that are not NaN, else 0; for verdicts in [0, 1].
@@ -47,6 +44,9 @@ def combine(
             f"rewards must be [B, {len(weights)}], one column per weight, got {list(columns.shape)}"
         )
     factors = columns.new_tensor(weights)
+    columns, factors = columns[:, factors != 0], factors[factors != 0]
+    if not len(factors):
+        return columns.new_zeros(len(columns))
     if mode == "sum":
         return (columns * factors).sum(dim=1)
     if mode == "min":
@@ -56,25 +56,25 @@ def combine(
     return torch.where(share.isnan(), math.nan, (share > 0.5).to(columns))
 
 
-def normalized(reward: Reward, offset: float = 0.0, scale: float | None = None) -> CheckedReward:
+def normalized(reward: Reward, scale: float, offset: float = 0.0) -> CheckedReward:
     """A reward on another scale: (r - offset) / scale. The log gets the raw value as extra "raw".
 
     Args:
         reward: Of single pictures.
+        scale: How much becomes 1. Flow-GRPO divides PickScore by 26 and JPEG kB by 500; aesthetic
+            scores end at 10; HPSv2, ImageReward, CLIP cosines and OCR are used raw.
         offset: What becomes 0.
-        scale: How much becomes 1; None: that of `FIELD_SCALES`, else 1.
     """
-    divisor = FIELD_SCALES.get(reward.name, 1.0) if scale is None else scale
-    require("scale", divisor, divisor > 0, "be above 0")
+    require("scale", scale, scale > 0, "be above 0")
 
     def changed(
         images: Float[Tensor, "b 3 h w"], prompts: Prompts, metadata: Metadata
     ) -> RewardOutput:
         output = as_reward(reward)(images, prompts, metadata)
         extra = {**output.extra, "raw": output.values.detach()}
-        return RewardOutput((output.values - offset) / divisor, extra)
+        return RewardOutput((output.values - offset) / scale, extra)
 
-    low, high = ((bound - offset) / divisor for bound in reward.range)
+    low, high = ((bound - offset) / scale for bound in reward.range)
     return as_reward(
         changed,
         reward.name,

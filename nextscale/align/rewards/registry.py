@@ -30,10 +30,14 @@ class Opening:
     Attributes:
         device: Where their networks run.
         download: Fetch weights that are nowhere on this machine.
+        timeout: Seconds that a server has for an answer.
+        retries: Requests after a failed one.
     """
 
     device: torch.device | str = "cpu"
     download: bool = False
+    timeout: float = 60.0
+    retries: int = 3
 
 
 Factory = Callable[[str | None, Opening], AnyReward]
@@ -41,7 +45,12 @@ Factory = Callable[[str | None, Opening], AnyReward]
 
 
 def open_reward(
-    name: str, *, device: torch.device | str = "cpu", download: bool = False
+    name: str,
+    *,
+    device: torch.device | str = "cpu",
+    download: bool = False,
+    timeout: float = 60.0,
+    retries: int = 3,
 ) -> AnyReward:
     """Open a reward by its name.
 
@@ -65,6 +74,8 @@ def open_reward(
         name: See the table.
         device: Where networks run.
         download: Fetch weights that are nowhere on this machine.
+        timeout: Seconds that a server has for an answer.
+        retries: Requests after a failed one.
 
     Raises:
         UserError: For a name or argument that is none, and with exit code 1 for weights that are
@@ -79,7 +90,7 @@ def open_reward(
         raise UserError(f'there is no reward "{kind}".{hint} Choose from {", ".join(REWARDS)}.')
     if colon and not argument:
         raise UserError(f'the reward "{name}" has nothing behind its colon')
-    return REWARDS[kind](argument or None, Opening(device, download))
+    return REWARDS[kind](argument or None, Opening(device, download, timeout, retries))
 
 
 def _plain(name: str, make: Callable[[], AnyReward]) -> Factory:
@@ -182,7 +193,9 @@ REWARDS: dict[str, Factory] = {
     "imagereward": _preference("imagereward", (-_INF, _INF)),
     "aesthetic": _preference("aesthetic", (-_INF, _INF), needs_prompt=False),
     "ocr": lambda argument, opening: ocr_reward(open_recogniser(argument, device=opening.device)),
-    "http": lambda argument, _: http_reward(
-        _needed("http", argument, "an address, such as http://localhost:8000/score")
+    "http": lambda argument, opening: http_reward(
+        _needed("http", argument, "an address, such as http://localhost:8000/score"),
+        timeout=opening.timeout,
+        retries=opening.retries,
     ),
 }

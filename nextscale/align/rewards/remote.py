@@ -43,7 +43,7 @@ def http_reward(
     Args:
         url: http:// or https://.
         name: What to call it.
-        timeout: Seconds without a sign of the server after which a request has failed.
+        timeout: Seconds after which a request without a whole answer has failed.
         retries: Requests after a failed one.
         backoff: Seconds before the first of them; each further one waits twice as long.
         batch_size: Pictures per request.
@@ -119,8 +119,14 @@ def _post(url: str, body: bytes, timeout: float) -> Any:
     request = urllib.request.Request(
         url, data=body, headers={"Content-Type": "application/json"}, method="POST"
     )
+    deadline = time.monotonic() + timeout
+    parts = []
     with urllib.request.urlopen(request, timeout=timeout) as answer:
-        return json.loads(answer.read())
+        while part := answer.read1():  # what is there: a slow server cannot stretch the time
+            parts.append(part)
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no whole answer within {timeout:g} s")
+    return json.loads(b"".join(parts))
 
 
 def _scores(answer: Any, size: int) -> list[float]:

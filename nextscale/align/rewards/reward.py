@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import math
@@ -230,6 +231,15 @@ def as_reward(
         needs_prompt=choose(needs_prompt, "needs_prompt", True),
         differentiable=choose(differentiable, "differentiable", False),
     )
+
+
+def named(reward: Any, name: str) -> AnyReward:
+    """A reward, or a function as `as_reward` takes it, under a name of its own."""
+    if not isinstance(reward, SetReward | PairwiseReward):
+        return as_reward(reward, name)
+    other = copy.copy(reward)
+    object.__setattr__(other, "name", name)
+    return other
 
 
 def scorer_reward(
