@@ -123,8 +123,9 @@ def aggregate(
     """The average of unit losses that belongs to a `loss_type`, see `grpo_loss`."""
     weighted = loss * mask
     if loss_type in ("grpo", "sapo"):
-        whole = isinstance(normalizer, Tensor) and normalizer.ndim == 1
-        each = normalizer.to(mask) if whole else mask.sum(1)
+        each = mask.sum(1)
+        if isinstance(normalizer, Tensor) and normalizer.ndim == 1:
+            each = normalizer.to(mask)
         return (weighted.sum(1) / each.clamp_min(_TINY)).mean()
     if loss_type == "dr_grpo":
         length = loss.shape[1] if max_completion_length is None else max_completion_length
