@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from nextscale.align.methods.b2 import B2Config
 from nextscale.align.methods.dpo import DPOConfig
+from nextscale.align.methods.dragon import DRAGONConfig
 from nextscale.align.methods.grpo import GRPOConfig
 from nextscale.align.methods.raft import RAFTConfig
 from nextscale.align.rewards.composition import MODES
 from nextscale.errors import UserError, require
 from nextscale.training import TrainingConfig
 
-METHOD_NAMES = ("grpo", "dpo", "raft")
+METHOD_NAMES = ("grpo", "dpo", "raft", "b2", "dragon")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +39,7 @@ class AlignConfig(TrainingConfig):
     """Settings of `nextscale align`; `train_batch_size` counts examples (samples, or pairs)."""
 
     method: str = "grpo"
-    """grpo, dpo or raft; its settings are in the section of its name."""
+    """grpo, dpo, raft, b2 or dragon; its settings are in the section of its name."""
     model: str = "scenes"
     """A next-scale model (bundled name, folder, hub id) or a diffusers pipeline (folder or id)."""
     prompts: tuple[str, ...] = ("scenes:standard",)
@@ -108,6 +110,10 @@ class AlignConfig(TrainingConfig):
     """Settings of DPO."""
     raft: RAFTConfig = field(default_factory=RAFTConfig)
     """Settings of RAFT."""
+    b2: B2Config = field(default_factory=B2Config)
+    """Settings of B2-DiffuRL."""
+    dragon: DRAGONConfig = field(default_factory=DRAGONConfig)
+    """Settings of DRAGON."""
 
     eval_prompts: tuple[str, ...] = ("benchmark:standard",)
     """What the report draws before and after, with equal seeds."""
@@ -151,6 +157,8 @@ class AlignConfig(TrainingConfig):
                 f"reward_mode {self.reward_mode} makes one reward of all, so "
                 "grpo.multi_objective_aggregation must be sum_then_normalize"
             )
+        if self.method == "dragon" and self.reward_mode != "sum":
+            raise UserError(f"reward_mode {self.reward_mode}: DRAGON takes the weighted sum")
         if self.num_eval_prompts and not self.eval_prompts:
             raise UserError("eval_prompts is empty; name a source, or set num_eval_prompts 0")
         positive = (

@@ -39,8 +39,9 @@ class Rollout:
             sample contributes.
         weights: [K], of the rewards.
         total: [B], the rewards as one.
+        scored_by: [K], the rewards.
+        features: Of set rewards, [B, d] by name.
         extra: Further columns of the rewards, for the log.
-        sets: Set rewards of the whole rollout, by name.
         key: (seed, step): names the streams of whatever is drawn from here on.
     """
 
@@ -50,8 +51,9 @@ class Rollout:
     rewards: Float[Tensor, "b k"]
     weights: tuple[float, ...]
     total: Float[Tensor, " b"]
+    scored_by: tuple[AnyReward, ...]
+    features: dict[str, Float[Tensor, "b d"]]
     extra: dict[str, Tensor]
-    sets: dict[str, float]
     key: tuple[int, int]
 
 
@@ -129,7 +131,7 @@ def collect(
     shown = {name: torch.cat([e[name] for _, e in found if name in e]) for name in found[0][1]}
     everyone = [prompt for prompt in prompts for _ in range(per_group)]
     pictures = torch.cat([p for _, p in pieces if len(p)]).to(device)
-    values, sets = score_together(rewards, values, pictures, everyone, groups)
+    values, features = score_together(rewards, values, pictures, everyone, groups)
     factors = (1.0,) * len(rewards) if weights is None else tuple(weights)
     return Rollout(
         trajectory=replace(trajectory, model_version=model_version, images=pictures),
@@ -138,25 +140,24 @@ def collect(
         rewards=values,
         weights=factors,
         total=combine(values, factors, mode),
+        scored_by=tuple(rewards),
+        features=features,
         extra=shown,
-        sets=sets,
         key=key,
     )
 
 
-def rollout_metrics(rollout: Rollout, names: Sequence[str]) -> dict[str, float]:
+def rollout_metrics(rollout: Rollout) -> dict[str, float]:
     """What trl logs of a rollout: `reward`, `reward_std`, `rewards/NAME/mean`, ...
 
     The mean of a set reward is the set's score, not that of the samples' contributions.
-
-    Args:
-        rollout: The samples.
-        names: Of the rewards.
     """
     metrics = {f"rewards/{k}/mean": float(v.nanmean()) for k, v in rollout.extra.items()}
-    for name, column in zip(names, rollout.rewards.unbind(1), strict=True):
-        valid = column[~column.isnan()]
-        metrics[f"rewards/{name}/mean"] = rollout.sets.get(name, float(valid.mean()))
+    for reward, column in zip(rollout.scored_by, rollout.rewards.unbind(1), strict=True):
+        name, valid = reward.name, column[~column.isnan()]
+        is_set = isinstance(reward, SetReward)
+        mean = set_score(reward, rollout.features[name]) if is_set else float(valid.mean())
+        metrics[f"rewards/{name}/mean"] = mean
         metrics[f"rewards/{name}/std"] = float(valid.std()) if len(valid) > 1 else 0.0
         metrics[f"rewards/{name}/unscorable"] = 1 - len(valid) / len(column)
     total = rollout.total
@@ -220,7 +221,7 @@ def score_together(
     groups: Tensor,
     *,
     whole: bool = False,
-) -> tuple[Tensor, dict[str, float]]:
+) -> tuple[Tensor, dict[str, Float[Tensor, "b d"]]]:
     """Fill in the columns of rewards that need all samples: of sets, and of pairs in a group.
 
     Args:
@@ -232,22 +233,23 @@ def score_together(
         whole: Columns of set rewards hold the set's score, not what each sample contributes.
 
     Returns:
-        The columns, and the set rewards of the whole set by name.
+        The columns, and the features of set rewards by name.
     """
     conditions = [prompt.condition for prompt in prompts]
-    sets = {}
+    features = {}
     for k, reward in enumerate(rewards):
         if isinstance(reward, SetReward):
             share = processes.own_range(len(images))
             rows = slice(share.start, share.stop)
             own = set_features(reward, images[rows], conditions[rows]).cpu()
-            features = cat_rows(processes.gather(own)).to(images.device)
-            sets[reward.name] = set_score(reward, features)
-            column = sets[reward.name] if whole else set_column(reward, features).to(values)
-            values[:, k] = column
+            found = cat_rows(processes.gather(own)).to(images.device)
+            features[reward.name] = found
+            values[:, k] = (
+                set_score(reward, found) if whole else set_column(reward, found).to(values)
+            )
         elif isinstance(reward, PairwiseReward):
             values[:, k] = pairwise_column(reward, images, conditions, groups).to(values)
-    return values, sets
+    return values, features
 
 
 def _streams(key: tuple[int, int], first: int, count: int) -> list[torch.Generator]:

@@ -32,7 +32,7 @@ from nextscale.align.rewards.reward import AnyReward, CheckedReward, named
 from nextscale.errors import UserError
 from nextscale.training import FitResult, adamw, bare, decay_groups, fit, latest_checkpoint
 from nextscale.training.batches import global_batch_size
-from nextscale.training.session import resolve_precision
+from nextscale.training.session import Stateful, resolve_precision
 
 logger = logging.getLogger(__name__)
 _PLENTY = 20  # times the watched prompts, from which on these are held out of training
@@ -108,7 +108,7 @@ def align(
             losses=task.losses,
             validate=watcher.validate if config.num_validation_prompts else None,
             stop=watcher.stop,
-            state=watcher.monitor,
+            state=_State(monitor=watcher.monitor, method=method),
             progress=progress,
         )
     except UserError as error:
@@ -126,6 +126,20 @@ def align(
     if report is not None:
         report.finish(final, result)
     return AlignResult(result, report)
+
+
+class _State:
+    """What has a state besides the weights, under one roof."""
+
+    def __init__(self, **parts: Any) -> None:
+        self.parts = {name: part for name, part in parts.items() if isinstance(part, Stateful)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
 
 
 class _Online:
@@ -200,7 +214,7 @@ class _Online:
             branch=self.method.branch(),
             model_version=step,
         )
-        metrics = rollout_metrics(rollout, [r.name for r in self.rewards])
+        metrics = rollout_metrics(rollout)
         with torch.no_grad():
             experience = self._kept(self.method.learn(rollout))
             experience = self._old_logps(experience, network)

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ Losses = Callable[[Modules, Any, int], Iterator[tuple[str, Tensor, Mapping[str, 
 Sums = dict[str, list[float]]  # metric -> [sum, count]
 
 
+@runtime_checkable
 class Stateful(Protocol):
     """Something whose state belongs into a checkpoint, as JSON."""
 

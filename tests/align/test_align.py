@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nextscale.align import AlignConfig, align
 from nextscale.align.experience import collect
+from nextscale.align.methods.b2 import B2Config
 from nextscale.align.methods.dpo import DPOConfig
 from nextscale.align.methods.grpo import GRPO, GRPOConfig
 from nextscale.align.policies.next_scale import NextScalePolicy
@@ -94,7 +95,7 @@ def brightness(images: Tensor, prompts: Sequence[int]) -> Tensor:
 
 
 @pytest.mark.parametrize("seed", [0, 1000, 2000])
-@pytest.mark.parametrize("method", ["grpo", "dpo", "raft"])
+@pytest.mark.parametrize("method", ["grpo", "dpo", "raft", "b2", "dragon"])
 def test_a_toy_reward_is_learnt(
     tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch, method: str, seed: int
 ) -> None:
@@ -105,7 +106,7 @@ def test_a_toy_reward_is_learnt(
         method=method,
         reward_funcs=(),
         num_generations=8,
-        train_batch_size={"grpo": 32}.get(method, 4),
+        train_batch_size={"grpo": 32, "b2": 64}.get(method, 4),
         gradient_accumulation_steps=1,
         learning_rate=2e-2,
         max_train_steps=60,
@@ -171,9 +172,10 @@ def test_micro_batches_are_one_batch(tmp_path: Path, model_folder: Path) -> None
         torch.testing.assert_close(tensor, weights(tmp_path / "b")[name], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["grpo", "dpo"])
+@pytest.mark.parametrize("method", ["grpo", "dpo", "b2"])
 def test_a_resumed_run_is_the_unbroken_one(tmp_path: Path, model_folder: Path, method: str) -> None:
     changes: dict[str, Any] = {"method": method, "num_validation_prompts": 2}
+    changes["b2"] = B2Config(num_stages=4, threshold=0.0)
     if method == "dpo":
         changes |= {"train_batch_size": 2}
     whole = settings(tmp_path / "whole", model_folder, **changes)
@@ -555,7 +557,7 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
         ({"reward_funcs": ("britness",)}, "Did you mean brightness"),
         ({"top_k": 3, "logp_space": "behaviour"}, "no importance ratio"),
         ({"lora_rank": 2, "lora_target_modules": ("nowhere",)}, "lora_target_modules"),
-        ({"method": "ppo"}, "be one of grpo, dpo, raft"),
+        ({"method": "ppo"}, "be one of grpo, dpo, raft, b2, dragon"),
         ({"pairs": "missing.jsonl", "method": "dpo"}, "does not exist"),
         ({"pairs": "missing.jsonl"}, "pairs are for method dpo"),
         ({"num_train_prompts": 9}, "be at most num_prompts 4"),

@@ -122,7 +122,7 @@ class DPO:
             network: The wrapped module of the training loop.
             weight: Of each pair.
         """
-        logp, ref_logp, mask = self._scores(trajectory, generators, network)
+        logp, ref_logp, mask = self.scores(trajectory, generators, network)
         chosen, rejected = logp.chunk(2)
         ref_chosen, ref_rejected = ref_logp.chunk(2)
         sides = (chosen, rejected, ref_chosen, ref_rejected, *mask.chunk(2))
@@ -139,7 +139,7 @@ class DPO:
         )
         return loss, dpo_metrics(*sides, beta=settings.beta, weight=weight)
 
-    def _scores(
+    def scores(
         self, trajectory: Trajectory, generators: Sequence[torch.Generator], network: nn.Module
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Log-likelihoods under policy and reference, and the units' weights, [2 n, U] each."""

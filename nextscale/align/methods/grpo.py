@@ -196,7 +196,7 @@ class GRPO:
         if settings.beta and settings.kl_estimator == "k1":
             total = total - settings.beta * self._mean_log_ratio(rollout)
         plain = self._advantages(rollout, total)
-        columns = {"advantages": plain, "old_logps": torch.cat(_columns(rollout), dim=1)}
+        columns = {"advantages": plain, "old_logps": self.old_logps(rollout)}
         if settings.credit == "vmr":
             columns["advantages"] = self._vmr(rollout, total, plain)
         if settings.advantage_clip is not None:
@@ -212,6 +212,11 @@ class GRPO:
         items = torch.arange(len(plain), device=plain.device)[:, None]
         useful = informative(strength, rollout.groups).to(plain)
         return Experience(rollout, items, useful, columns)
+
+    def old_logps(self, rollout: Rollout) -> Float[Tensor, "b u"]:
+        """Log-probabilities under the policy when it drew the rollout."""
+        parts = rollout.trajectory.logps
+        return torch.cat([logp if logp.ndim == 2 else logp[:, None] for logp in parts], dim=1)
 
     def _advantages(self, rollout: Rollout, total: Tensor) -> Float[Tensor, " b"]:
         """One per sample; normalize_then_sum looks at the rewards one by one."""
@@ -287,14 +292,20 @@ class GRPO:
     # ---- loss --------------------------------------------------------------------------------
 
     def losses(
-        self, experience: Experience, examples: Int[Tensor, " n"], step: int, network: nn.Module
+        self,
+        experience: Experience,
+        examples: Int[Tensor, " n"],
+        step: int,
+        network: nn.Module,
+        *,
+        first_step: int = 0,
     ) -> Iterator[Loss]:
-        """`grpo_loss` of some samples, one part per chunk of denoising steps."""
+        """`grpo_loss` of some samples from a first step on, one part per chunk of steps."""
         rows = experience.items[examples, 0]
         trajectory = experience.rollout.trajectory.index(rows)
         weight = experience.weights[examples]
         own = {name: column[rows] for name, column in experience.columns.items()}
-        steps = self._steps(trajectory.stochastic, experience.rollout.key, step)
+        steps = self._steps(trajectory.stochastic, experience.rollout.key, step, first_step)
         chunks = [steps[i : i + self.chunk] for i in range(0, len(steps), self.chunk)]
         # Sums of the weights over all steps, which neither chunks nor micro-batches change: of each
         # sample, or of all samples of the rollout.
@@ -382,9 +393,11 @@ class GRPO:
         mask = (self.weights * chosen).to(device)[None]
         return mask * experience.columns["mask"] if "mask" in experience.columns else mask
 
-    def _steps(self, stochastic: Sequence[bool], key: tuple[int, int], step: int) -> list[int]:
+    def _steps(
+        self, stochastic: Sequence[bool], key: tuple[int, int], step: int, first: int
+    ) -> list[int]:
         """The steps to train: stochastic ones, or a random share of them."""
-        steps = [s for s in range(self.policy.num_steps) if stochastic[s]]
+        steps = [s for s in range(first, self.policy.num_steps) if stochastic[s]]
         if not steps:
             raise UserError("no step of the rollout was random, so there is nothing to train")
         if self.settings.step_fraction == 1:
@@ -397,7 +410,3 @@ class GRPO:
 def _unit_steps(policy: Policy) -> Int[Tensor, " u"]:
     """The step of each unit."""
     return torch.arange(policy.num_steps).repeat_interleave(torch.tensor(policy.units))
-
-
-def _columns(rollout: Rollout) -> list[Tensor]:
-    return [logp if logp.ndim == 2 else logp[:, None] for logp in rollout.trajectory.logps]

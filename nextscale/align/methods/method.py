@@ -16,7 +16,7 @@ Loss = tuple[Tensor, Mapping[str, float | Tensor]]
 
 
 class Method(Protocol):
-    """A way to learn from scored samples.
+    """A way to learn from scored samples. If it has a `state_dict`, that is in the checkpoints.
 
     Attributes:
         needs_reference: Whether the policy must have a reference.

@@ -16,6 +16,7 @@ def kto_loss(
     beta: float = 0.1,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
+    weight: Float[Tensor, " b"] | None = None,
 ) -> Float[Tensor, ""]:
     """Prospect-theoretic loss (KTO, arXiv 2402.01306, equation 8).
 
@@ -33,11 +34,13 @@ def kto_loss(
         beta: Strength of the pull towards the reference.
         desirable_weight: Weight of good samples; keep weight times number equal on both sides.
         undesirable_weight: Weight of bad samples.
+        weight: Of each sample, besides; None: 1.
     """
     ratio = logps - ref_logps
     h = (ratio if mask is None else ratio * mask.to(ratio.dtype)).sum(1)
     z0 = h.mean().clamp_min(0).detach()
     sign = torch.where(desirable, h.new_tensor(1.0), h.new_tensor(-1.0))
     weights = h.new_tensor(desirable_weight), h.new_tensor(undesirable_weight)
-    weight = torch.where(desirable, *weights)
-    return (weight * (1 - torch.sigmoid(sign * beta * (h - z0)))).mean()
+    each = torch.where(desirable, *weights)
+    each = each if weight is None else each * weight
+    return (each * (1 - torch.sigmoid(sign * beta * (h - z0)))).mean()

@@ -65,7 +65,11 @@ class FrechetReward:
         Raises:
             UserError: Below 2 rows.
         """
-        return -self._distance(Moments.of(features.detach().cpu()))
+        return self.score_moments(Moments.of(features.detach().cpu()))
+
+    def score_moments(self, moments: Moments) -> float:
+        """The same from the set's moments, which can be updated row by row."""
+        return -self._distance(moments)
 
     def contributions(self, features: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
         """FD(D without i) - FD(D), float64: above 0 where a row brings the set nearer.

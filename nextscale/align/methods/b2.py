@@ -1,0 +1,206 @@
+"""B2-DiffuRL (arXiv 2503.11240): train the last steps first, judged among branches of one prefix.
+
+Siblings share every step before the interval bit for bit, so that what makes one better than the
+other lies in the steps that are trained. The interval grows backwards, stage by stage, until it
+is the whole trajectory. On next-scale models it is the last scales, and the cache of the prefix
+is used again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from nextscale.align.advantages import group_advantages, group_moments, informative
+from nextscale.align.experience import Experience, Rollout
+from nextscale.align.methods.grpo import GRPO, GRPOConfig
+from nextscale.align.methods.method import Loss
+from nextscale.align.trajectory import Policy
+from nextscale.errors import require
+
+_FIRST = {"gaussian": 0.7, "categorical": 0.5}  # share of the steps in the first interval
+
+
+@dataclass(frozen=True, kw_only=True)
+class B2Config:
+    """Settings of B2-DiffuRL; defaults of the released code but for `num_stages`."""
+
+    num_branches: int = 4
+    """Completions of each prefix, `split_time` (3 in the released configuration, 5 in its script).
+    A group then has num_generations x num_branches samples."""
+    first_interval: int | None = None
+    """Steps trained in the first stage, the last ones; None: 0.7 of the denoising steps (14 of 20),
+    half of the scales."""
+    last_interval: int | None = None
+    """Steps trained in the last stage; None: all."""
+    num_stages: int = 20
+    """Stages N over which the interval grows: tau_i = first + floor(i (last - first + 1) / N); 100
+    in the released code."""
+    stage_rollouts: int = 1
+    """Rollouts per stage."""
+    min_spread: float = 0.0
+    """End an interval early once the mean deviation of rewards within a branch is below this: late
+    steps may change nothing that the reward sees. 0: off."""
+    advantage: Literal["extremes", "branch"] = "extremes"
+    """extremes: of each branch the best and the worst sample, if their z-scores among the prompt's
+    scores pass `threshold`. branch: every sample against the mean of its branch."""
+    threshold: float = 0.5
+    """z-score from which on an extreme counts (0.7 in the released configuration)."""
+    history: int = 8
+    """Earlier stages whose scores of a prompt count in its z-scores."""
+    positive_weight: float = 1.0
+    """beta_1, of advantages above 0."""
+    negative_weight: float = 1.0
+    """beta_2, of the others."""
+    loss: GRPOConfig = field(default_factory=lambda: GRPOConfig(epsilon=0.1, advantage_clip=5.0))
+    """The clipped loss of the interval; an epsilon of 0.1 never clips where log-probabilities are
+    means over latent dimensions, 1e-4 does."""
+
+    def __post_init__(self) -> None:
+        require("b2.num_branches", self.num_branches, self.num_branches > 1, "be above 1")
+        for name in ("first_interval", "last_interval", "num_stages", "stage_rollouts"):
+            value = getattr(self, name)
+            require(f"b2.{name}", value, value is None or value > 0, "be above 0")
+        for name in ("min_spread", "threshold", "history", "positive_weight", "negative_weight"):
+            value = getattr(self, name)
+            require(f"b2.{name}", value, value >= 0, "be 0 or more")
+        known = self.advantage in ("extremes", "branch")
+        require("b2.advantage", self.advantage, known, "be extremes or branch")
+
+
+class B2:
+    """GRPO's loss on the last steps of branches; see `B2Config`.
+
+    Differences from the released code: prompts are drawn from any list, so that a prompt may have
+    no history yet; a stage without stochastic steps is refused, no timestep is moved.
+
+    Args:
+        settings: See there.
+        policy: What is trained.
+
+    Raises:
+        UserError: For intervals that the policy does not have.
+    """
+
+    def __init__(self, settings: B2Config, policy: Policy) -> None:
+        self.settings, self.policy = settings, policy
+        self.objective = GRPO(settings.loss, policy)
+        self.needs_reference = self.objective.needs_reference
+        steps = policy.num_steps
+        first = settings.first_interval or max(1, round(_FIRST[policy.kind] * steps))
+        last = settings.last_interval or steps
+        require("b2.last_interval", last, last <= steps, f"be at most the {steps} steps")
+        require("b2.first_interval", first, first <= last, f"be at most last_interval {last}")
+        self.first, self.last = first, last
+        self.stage, self._rollouts = 0, 0
+        self._history: dict[str, list[list[float]]] = {}
+
+    def interval(self, stage: int) -> int:
+        """tau_i, the number of steps that are trained in a stage."""
+        grown = stage * (self.last - self.first + 1) // self.settings.num_stages
+        return min(self.first + grown, self.last)
+
+    def items_per_group(self, num_generations: int) -> int:
+        """Two of each branch, or all."""
+        extremes = self.settings.advantage == "extremes"
+        return num_generations * (2 if extremes else self.settings.num_branches)
+
+    def branch(self) -> tuple[int, int]:
+        """Where the current interval begins."""
+        return self.policy.num_steps - self.interval(self.stage), self.settings.num_branches
+
+    def learn(self, rollout: Rollout) -> Experience:
+        """Advantages within branches; moves on to the next stage when this one is over."""
+        settings, count = self.settings, self.settings.num_branches
+        branches = torch.arange(len(rollout.total), device=rollout.total.device) // count
+        spread = group_moments(rollout.total, branches, ddof=1)[1].mean()
+        metrics = {"b2/stage": float(self.stage), "b2/spread": float(spread)}
+        metrics["b2/interval"] = float(self.interval(self.stage))
+        if settings.advantage == "extremes":
+            scores = self._z_scores(rollout)
+            items, used = extremes(scores.view(-1, count), settings.threshold)
+        else:
+            scores = group_advantages(rollout.total, branches, std_ddof=settings.loss.std_ddof)
+            items = torch.arange(len(scores), device=scores.device)
+            used = informative(scores, branches)
+        limit = settings.loss.advantage_clip
+        advantages = (
+            scores.nan_to_num(0.0) if limit is None else scores.nan_to_num(0.0).clamp(-limit, limit)
+        )
+        weights = (settings.negative_weight, settings.positive_weight)
+        advantages = advantages * advantages.new_tensor(weights)[(advantages > 0).long()]
+        metrics["samples/used"] = float(used.float().mean())
+        self._advance(float(spread))
+        columns = {"advantages": advantages, "old_logps": self.objective.old_logps(rollout)}
+        return Experience(rollout, items[:, None], used.to(advantages), columns, metrics)
+
+    def losses(
+        self, experience: Experience, examples: Int[Tensor, " n"], step: int, network: nn.Module
+    ) -> Iterator[Loss]:
+        """The clipped loss of the steps from the branch point on."""
+        first = experience.rollout.trajectory.parent_step
+        yield from self.objective.losses(experience, examples, step, network, first_step=first)
+
+    # ---- state ---------------------------------------------------------------------------------
+
+    def _z_scores(self, rollout: Rollout) -> Float[Tensor, " b"]:
+        """(r - mean) / (std + 1e-8) of each prompt's scores in this and the last stages."""
+        scores = torch.empty_like(rollout.total)
+        for group in range(int(rollout.groups.max()) + 1):
+            rows = rollout.groups == group
+            own = rollout.total[rows]
+            key = str(rollout.prompts[int(rows.nonzero()[0])].condition)
+            past = self._history.get(key, [])
+            known = own.new_tensor([value for stage in past for value in stage])
+            every = torch.cat([known, own[~own.isnan()]])
+            mean, std = group_moments(every, torch.zeros_like(every, dtype=torch.long), ddof=1)
+            scores[rows] = (own - mean) / (std + 1e-8)
+            kept = [*past, own[~own.isnan()].tolist()]
+            self._history[key] = kept[len(kept) - self.settings.history :]
+        return scores
+
+    def _advance(self, spread: float) -> None:
+        """On to the next stage, or over all stages of this interval."""
+        self._rollouts += 1
+        flat = spread < self.settings.min_spread
+        if not flat and self._rollouts < self.settings.stage_rollouts:
+            return
+        now, self._rollouts = self.interval(self.stage), 0
+        self.stage += 1
+        while flat and self.interval(self.stage) == now < self.last:
+            self.stage += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, for JSON."""
+        return {"stage": self.stage, "rollouts": self._rollouts, "history": self._history}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        self.stage, self._rollouts = int(state["stage"]), int(state["rollouts"])
+        self._history = {key: list(value) for key, value in state["history"].items()}
+
+
+def extremes(
+    scores: Float[Tensor, "p n"], threshold: float
+) -> tuple[Int[Tensor, " m"], Float[Tensor, " m"]]:
+    """The best and the worst of each branch, and whether they are good and bad enough.
+
+    Args:
+        scores: z-scores, one row per branch; NaN is unscorable.
+        threshold: The best counts if z >= threshold, the worst if z < -threshold.
+
+    Returns:
+        Rows of the flattened scores, best and worst of each branch in turns; 1 where one counts.
+    """
+    best = scores.nan_to_num(-torch.inf).argmax(1)
+    worst = scores.nan_to_num(torch.inf).argmin(1)
+    chosen = torch.stack([best, worst], dim=1)
+    values = scores.gather(1, chosen)
+    used = torch.stack([values[:, 0] >= threshold, values[:, 1] < -threshold], dim=1)
+    first = torch.arange(len(scores), device=scores.device)[:, None] * scores.shape[1]
+    return (first + chosen).flatten(), used.flatten().to(scores)

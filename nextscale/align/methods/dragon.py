@@ -1,0 +1,255 @@
+"""DRAGON (arXiv 2504.15217): learn from a good and a bad set of pictures.
+
+Every rollout is two sets of samples for the same prompts, D1 and D2. From them a positive and a
+negative set are made that still have one sample of each prompt, so that any reward of sets, such
+as a distance to an exemplar set or a diversity, becomes preferences that DPO or KTO learns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from nextscale.align.experience import Experience, Rollout, sample_streams
+from nextscale.align.methods.dpo import DPO, DPOConfig
+from nextscale.align.methods.method import Loss
+from nextscale.align.objectives.kto import kto_loss
+from nextscale.align.rewards import set_score
+from nextscale.align.rewards.distribution import FrechetReward
+from nextscale.align.rewards.reward import SetReward
+from nextscale.align.trajectory import Policy
+from nextscale.errors import UserError, require
+from nextscale.eval.frechet import Moments, as_float64
+
+
+@dataclass(frozen=True, kw_only=True)
+class DRAGONConfig:
+    """Settings of DRAGON."""
+
+    loss_type: Literal["dpo", "kto"] = "dpo"
+    """dpo on pairs of one prompt, or kto on single samples."""
+    credit: Literal["swap", "leave_one_out"] = "swap"
+    """swap: D+ starts as the better set and takes a sample of the other one wherever the set's
+    reward rises. leave_one_out: the sample of each pair that contributes more."""
+    pair: DPOConfig = field(default_factory=DPOConfig)
+    """beta, weights of scales and the other settings of the likelihoods; its loss_type is dpo's."""
+    desirable_weight: float = 1.0
+    """kto: weight of D+."""
+    undesirable_weight: float = 1.0
+    """kto: weight of D-."""
+
+    def __post_init__(self) -> None:
+        known = self.loss_type in ("dpo", "kto")
+        require("dragon.loss_type", self.loss_type, known, "be dpo or kto")
+        known = self.credit in ("swap", "leave_one_out")
+        require("dragon.credit", self.credit, known, "be swap or leave_one_out")
+        for name in ("desirable_weight", "undesirable_weight"):
+            require(f"dragon.{name}", getattr(self, name), getattr(self, name) >= 0, "be 0 or more")
+
+
+class DRAGON:
+    """`dpo_loss` or `kto_loss` on D+ and D-; see `DRAGONConfig`.
+
+    Rewards of single pictures count by their mean over D+, set rewards by their value; with the
+    former alone swapping is taking the better sample of each pair. A group of G samples makes G / 2
+    pairs.
+
+    Args:
+        settings: See there.
+        policy: What is trained.
+    """
+
+    needs_reference = True
+
+    def __init__(self, settings: DRAGONConfig, policy: Policy) -> None:
+        self.settings, self.policy = settings, policy
+        self.pairs = DPO(settings.pair, policy)
+
+    def items_per_group(self, num_generations: int) -> int:
+        """Pairs of a group."""
+        if num_generations % 2:
+            raise UserError(
+                f"num_generations is {num_generations}: DRAGON pairs the samples of a prompt; "
+                "use an even number"
+            )
+        return num_generations // 2
+
+    def branch(self) -> None:
+        """Samples of a group are independent."""
+        return None
+
+    def learn(self, rollout: Rollout) -> Experience:
+        """Split the rollout; pairs that cannot be scored, or are alike, have weight 0."""
+        rows = torch.arange(len(rollout.total), device=rollout.total.device).view(-1, 2)
+        values = rollout.total[rows]
+        used = ~values.isnan().any(dim=1) & (values[:, 0] != values[:, 1])
+        if self.settings.credit == "leave_one_out":
+            second = values[:, 1] > values[:, 0]
+        else:
+            second = swap_split(_parts(rollout, rows))
+        positive = rows.gather(1, second.long()[:, None])
+        negative = rows.gather(1, (~second).long()[:, None])
+        metrics = {"pairs/used": float(used.float().mean())}
+        for reward in rollout.scored_by:
+            if isinstance(reward, SetReward):
+                features = rollout.features[reward.name]
+                for side, chosen in (("positive", positive), ("negative", negative)):
+                    value = set_score(reward, features[chosen[:, 0]])
+                    metrics[f"dragon/{reward.name}_{side}"] = value
+        items = torch.cat([positive, negative], dim=1)
+        return Experience(rollout, items, used.to(rollout.total), metrics=metrics)
+
+    def losses(
+        self, experience: Experience, examples: Int[Tensor, " n"], step: int, network: nn.Module
+    ) -> Iterator[Loss]:
+        """The loss of some pairs; kto's reference point is the mean of these."""
+        if self.settings.loss_type == "dpo":
+            yield from self.pairs.losses(experience, examples, step, network)
+            return
+        pairs = experience.items[examples]
+        trajectory = experience.rollout.trajectory.index(pairs.T.flatten())
+        key = (*experience.rollout.key, step)
+        generators = sample_streams(key, examples.tolist() * 2)
+        logp, ref_logp, mask = self.pairs.scores(trajectory, generators, network)
+        loss = kto_loss(
+            logp,
+            ref_logp,
+            torch.arange(len(logp), device=logp.device) < len(pairs),
+            mask,
+            beta=self.settings.pair.beta,
+            desirable_weight=self.settings.desirable_weight,
+            undesirable_weight=self.settings.undesirable_weight,
+            weight=experience.weights[examples].repeat(2),
+        )
+        margin = ((logp - ref_logp) * mask).detach().sum(1)
+        chosen, rejected = margin.chunk(2)
+        yield loss, {"rewards/margins": self.settings.pair.beta * float((chosen - rejected).mean())}
+
+
+# ---- the split -----------------------------------------------------------------------------------
+
+
+class Part(Protocol):
+    """One term of the reward of D+, while samples are exchanged."""
+
+    def start(self, second: bool) -> float:
+        """Begin with D1 or D2 as D+; its value."""
+        ...
+
+    def propose(self, index: int) -> float:
+        """The value if this sample came from the other set."""
+        ...
+
+    def accept(self) -> None:
+        """Make the last proposal."""
+        ...
+
+
+def swap_split(parts: Sequence[tuple[float, Part, int]]) -> Bool[Tensor, " n"]:
+    """Which samples of D+ come from D2, by one greedy pass.
+
+    Start with the better whole set; for i = 1..n exchange sample i, and keep the exchange if the
+    reward of D+ strictly rises.
+
+    Args:
+        parts: (weight, term, n); the reward is the weighted sum.
+    """
+    count = parts[0][2]
+    totals = [sum(w * part.start(side) for w, part, _ in parts) for side in (False, True)]
+    second = totals[1] > totals[0]
+    best = sum(w * part.start(second) for w, part, _ in parts)
+    chosen = torch.full((count,), second)
+    for i in range(count):
+        value = sum(w * part.propose(i) for w, part, _ in parts)
+        if value > best:
+            best = value
+            chosen[i] = not second
+            for _, part, _ in parts:
+                part.accept()
+    return chosen
+
+
+class MeanPart:
+    """The mean of a reward of single pictures.
+
+    Args:
+        values: Of D1 and D2.
+    """
+
+    def __init__(self, values: Float[Tensor, "n 2"]) -> None:
+        self.values = values.nan_to_num(0.0).double()
+
+    def start(self, second: bool) -> float:
+        """See `Part`."""
+        self.side, self.sum = int(second), float(self.values[:, int(second)].sum())
+        return self.sum / len(self.values)
+
+    def propose(self, index: int) -> float:
+        """See `Part`."""
+        own, other = self.values[index, self.side], self.values[index, 1 - self.side]
+        self.next = self.sum + float(other - own)
+        return self.next / len(self.values)
+
+    def accept(self) -> None:
+        """See `Part`."""
+        self.sum = self.next
+
+
+class SetPart:
+    """A set reward; of Fréchet rewards the moments are updated by the two rows that move.
+
+    Args:
+        reward: The reward.
+        features: Of D1 and D2, [n, 2, d].
+    """
+
+    def __init__(self, reward: SetReward, features: Float[Tensor, "n 2 d"]) -> None:
+        self.reward, self.features = reward, features
+
+    def start(self, second: bool) -> float:
+        """See `Part`."""
+        self.side, self.rows = int(second), self.features[:, int(second)].clone()
+        if isinstance(self.reward, FrechetReward):
+            self.moments = Moments.of(as_float64(self.rows).cpu())
+            return self.reward.score_moments(self.moments)
+        return self.reward.score_set(self.rows)
+
+    def propose(self, index: int) -> float:
+        """See `Part`."""
+        new = self.features[index, 1 - self.side]
+        if isinstance(self.reward, FrechetReward):
+            leaving, coming = (as_float64(x[None]).cpu() for x in (self.rows[index], new))
+            rest = self.moments.without(Moments.of(leaving))
+            self.next_moments = rest.merge(Moments.of(coming))
+            self.place, self.new = index, new
+            return self.reward.score_moments(self.next_moments)
+        rows = self.rows.clone()
+        rows[index] = new
+        self.place, self.new = index, new
+        return self.reward.score_set(rows)
+
+    def accept(self) -> None:
+        """See `Part`."""
+        self.rows[self.place] = self.new
+        if isinstance(self.reward, FrechetReward):
+            self.moments = self.next_moments
+
+
+def _parts(rollout: Rollout, rows: Int[Tensor, "n 2"]) -> list[tuple[float, Part, int]]:
+    """The terms of a rollout's reward."""
+    parts: list[tuple[float, Part, int]] = []
+    columns = zip(rollout.scored_by, rollout.weights, rollout.rewards.unbind(1), strict=True)
+    for reward, weight, column in columns:
+        if not weight:
+            continue
+        if isinstance(reward, SetReward):
+            features = rollout.features[reward.name][rows]
+            parts.append((weight, SetPart(reward, features), len(rows)))
+        else:
+            parts.append((weight, MeanPart(column[rows]), len(rows)))
+    return parts
