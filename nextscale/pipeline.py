@@ -261,6 +261,7 @@ class NextScalePipeline:
         temperature: float | tuple[float, ...] | None = None,
         more_smooth: bool | None = None,
         num_candidates: int | None = None,
+        start: Tensor | None = None,
         seed: int | Sequence[int] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         batch_size: int | None = None,
@@ -287,6 +288,8 @@ class NextScalePipeline:
             temperature: Positive.
             more_smooth: Gumbel-softmax mixing of codes.
             num_candidates: Pictures drawn per image, of which the likeliest is kept.
+            start: One row per image: floats [n, d] are added to the start token; integers [n, p]
+                are the tokens of the first scales, and decoding begins after them.
             seed: Image i draws from `seed + i`, or from its own of a list; None: random, see
                 `seeds` of the output.
             generator: Instead of `seed`: one that draws the base seed, or a list, one per image,
@@ -327,17 +330,21 @@ class NextScalePipeline:
         ids = self.transformer.conditioner.tokenize(conditions)
         ids = ids.repeat_interleave(num_images_per_prompt, 0)
         negative_ids = self._negative(negative_prompt, len(conditions), num_images_per_prompt)
+        if start is not None and len(start) != count:
+            raise UserError(f"start has {len(start)} rows for {count} images")
+        self.given_scales(start)
         size = batch_size or count
         images, tokens, previews = [], [], []
-        for start in _progress(range(0, count, size), progress):
-            rows = slice(start, min(start + size, count))
+        for first in _progress(range(0, count, size), progress):
+            rows = slice(first, min(first + size, count))
             drawn, latents = self._draw(
                 ids[rows],
                 settings,
                 seeds[rows],
                 negative_ids=None if negative_ids is None else negative_ids[rows],
+                start=None if start is None else start[rows],
                 every_scale=return_scales,
-                callback=None if callback is None else partial(callback, start),
+                callback=None if callback is None else partial(callback, first),
             )
             tokens.append(drawn.cpu())
             images.append(self.decode(latents[-1]).cpu())
@@ -348,6 +355,19 @@ class NextScalePipeline:
             _convert(torch.cat(images), output_type), torch.cat(tokens), seeds, scales
         )
 
+    def given_scales(self, start: Tensor | None) -> int:
+        """How many scales a `start` of the call gives; 0 for None and offsets.
+
+        Raises:
+            UserError: If its tokens are no whole scales.
+        """
+        if start is None or start.is_floating_point():
+            return 0
+        ends = [where.stop for where in self.transformer.schedule.slices]
+        if start.shape[1] not in ends[:-1]:
+            raise UserError(f"start has {start.shape[1]} tokens; whole scales have {ends[:-1]}")
+        return ends.index(start.shape[1]) + 1
+
     @torch.no_grad()
     def stream(
         self,
@@ -357,6 +377,7 @@ class NextScalePipeline:
         seeds: Sequence[int],
         negative_ids: Tensor | None = None,
         forcing: Forcing | None = None,
+        start: Tensor | None = None,
     ) -> Iterator[ScaleStep]:
         """The steps of one batch, for those who want every scale (see `nextscale.var.sample`).
 
@@ -366,9 +387,12 @@ class NextScalePipeline:
             seeds: One per image.
             negative_ids: Rows of the guidance's other side; None: the null condition.
             forcing: Tokens that replace drawn ones.
+            start: As in the call; the steps begin after the tokens that it gives.
         """
         model = self.transformer
         negative = None if negative_ids is None else model.condition(negative_ids)
+        name = "offset" if start is not None and start.is_floating_point() else "prefix"
+        given: dict[str, Any] = {name: None if start is None else start.to(self.device)}
         return sample(
             model,
             self.tokenizer,
@@ -377,6 +401,7 @@ class NextScalePipeline:
             seeds=seeds,
             negative=negative,
             forcing=forcing,
+            **given,
         )
 
     @torch.no_grad()
@@ -433,6 +458,7 @@ class NextScalePipeline:
         *,
         negative_ids: Tensor | None = None,
         forcing: Forcing | None = None,
+        start: Tensor | None = None,
         every_scale: bool = False,
         callback: Callable[[ScaleStep], object] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
@@ -444,8 +470,11 @@ class NextScalePipeline:
             seeds=[_candidate_seed(seed, j) for seed in seeds for j in range(each)],
             negative_ids=None if negative_ids is None else negative_ids.repeat_interleave(each, 0),
             forcing=None if forcing is None else forcing.repeat_interleave(each),
+            start=start if start is None else start.repeat_interleave(each, 0),
         )
         parts, latents, scores = [], [], []
+        if start is not None and not start.is_floating_point():
+            parts.append(start.to(self.device).repeat_interleave(each, 0))
         for step in steps:
             parts.append(step.tokens)
             latents = [*(latents if every_scale else ()), step.f_hat]

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from nextscale.align.methods.b2 import B2Config
 from nextscale.align.methods.dpo import DPOConfig
 from nextscale.align.methods.dragon import DRAGONConfig
+from nextscale.align.methods.find import FINDConfig
 from nextscale.align.methods.grpo import GRPOConfig
 from nextscale.align.methods.raft import RAFTConfig
 from nextscale.align.rewards.composition import MODES
 from nextscale.errors import UserError, require
 from nextscale.training import TrainingConfig
 
-METHOD_NAMES = ("grpo", "dpo", "raft", "b2", "dragon")
+METHOD_NAMES = ("grpo", "dpo", "raft", "b2", "dragon", "find")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ class AlignConfig(TrainingConfig):
     """Settings of `nextscale align`; `train_batch_size` counts examples (samples, or pairs)."""
 
     method: str = "grpo"
-    """grpo, dpo, raft, b2 or dragon; its settings are in the section of its name."""
+    """grpo, dpo, raft, b2, dragon or find; its settings are in the section of its name."""
     model: str = "scenes"
     """A next-scale model (bundled name, folder, hub id) or a diffusers pipeline (folder or id)."""
     prompts: tuple[str, ...] = ("scenes:standard",)
@@ -114,6 +115,8 @@ class AlignConfig(TrainingConfig):
     """Settings of B2-DiffuRL."""
     dragon: DRAGONConfig = field(default_factory=DRAGONConfig)
     """Settings of DRAGON."""
+    find: FINDConfig = field(default_factory=FINDConfig)
+    """Settings of FIND."""
 
     eval_prompts: tuple[str, ...] = ("benchmark:standard",)
     """What the report draws before and after, with equal seeds."""
@@ -157,6 +160,8 @@ class AlignConfig(TrainingConfig):
                 f"reward_mode {self.reward_mode} makes one reward of all, so "
                 "grpo.multi_objective_aggregation must be sum_then_normalize"
             )
+        if self.method == "find" and self.lora_rank:
+            raise UserError("find trains the start, not the generator: leave lora_rank out")
         if self.method == "dragon" and self.reward_mode != "sum":
             raise UserError(f"reward_mode {self.reward_mode}: DRAGON takes the weighted sum")
         if self.num_eval_prompts and not self.eval_prompts:

@@ -67,6 +67,8 @@ class Experience:
         weights: [N], 0 for examples that carry no signal.
         columns: What else belongs to the samples, [B] or [B, U], by name.
         metrics: Of the whole rollout, for the log.
+        recompute: "old_logps" are those of the current weights, and may be judged again in the
+            precision of training.
     """
 
     rollout: Rollout
@@ -74,6 +76,7 @@ class Experience:
     weights: Float[Tensor, " n"]
     columns: dict[str, Tensor] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    recompute: bool = True
 
 
 def collect(

@@ -20,7 +20,7 @@ from nextscale.errors import UserError, missing_extra
 from nextscale.pipeline import NextScalePipeline
 from nextscale.streams import image_stream, stream
 from nextscale.training.session import resolve_precision
-from nextscale.var.lora import DEFAULT_TARGETS, add_lora, save_lora
+from nextscale.var.lora import DEFAULT_TARGETS, add_lora, base_fingerprint, save_lora
 from nextscale.var.model_folder import save_model
 
 _ABOUT = "nextscale.json"  # what `nextscale train diffusion` adds to a pipeline's folder
@@ -46,14 +46,33 @@ class AlignModel(Protocol):
         """See above."""
         ...
 
+    def check(self, conditions: Sequence[str | int]) -> None:
+        """Refuse prompts that the generator cannot read, before any work."""
+        ...
+
     def add_reference(self) -> nn.Module | None:
         """Keep the weights as they are now, to compare with; a copy, if it takes one."""
         ...
 
     def draw(
-        self, network: nn.Module, conditions: Sequence[str | int], seeds: Sequence[int]
+        self,
+        network: nn.Module | None,
+        conditions: Sequence[str | int],
+        seeds: Sequence[int],
+        start: Tensor | None = None,
     ) -> Float[Tensor, "b 3 H W"]:
-        """Pictures in [0, 1] on the CPU as users would draw them, by given weights."""
+        """Pictures in [0, 1] on the CPU as users would draw them.
+
+        Args:
+            network: What is trained, as it is then; None: the generator as it came.
+            conditions: Prompts or class labels.
+            seeds: One per picture.
+            start: Where pictures start, one row each; None: as the generator does.
+        """
+        ...
+
+    def fingerprint(self) -> str:
+        """Of the generator's own weights, without a LoRA."""
         ...
 
     def save(self, network: nn.Module, folder: Path) -> None:
@@ -115,15 +134,28 @@ class NextScaleModel:
             batch_size=config.rollout_batch_size,
         )
 
+    def check(self, conditions: Sequence[str | int]) -> None:
+        """A caption outside of the grammar; see `AlignModel`."""
+        self.policy.encode(conditions)
+
     def add_reference(self) -> nn.Module | None:
         """See `AlignModel`."""
         return _add_reference(self.policy, self.config)
 
+    def fingerprint(self) -> str:
+        """See `AlignModel`."""
+        return base_fingerprint(self.pipe.transformer)
+
     def draw(
-        self, network: nn.Module, conditions: Sequence[str | int], seeds: Sequence[int]
+        self,
+        network: nn.Module | None,
+        conditions: Sequence[str | int],
+        seeds: Sequence[int],
+        start: Tensor | None = None,
     ) -> Float[Tensor, "b 3 H W"]:
         """With the model's own generation settings; see `AlignModel`."""
-        pipe = NextScalePipeline(self.pipe.tokenizer, network, self.pipe.generation)  # pyright: ignore
+        drawn_by: Any = self.pipe.transformer if network is None else network
+        pipe = NextScalePipeline(self.pipe.tokenizer, drawn_by, self.pipe.generation)
         given: dict[str, Any] = {
             "prompt" if self.num_classes is None else "class_labels": conditions
         }
@@ -132,6 +164,7 @@ class NextScaleModel:
                 **given,
                 seed=list(seeds),
                 batch_size=self.config.rollout_batch_size,
+                start=start,
                 output_type="pt",
             ).images
 
@@ -211,18 +244,33 @@ class DiffusionModel:
             height, width = self._drawer.calls.decode(self._drawer.plan, zeros).shape[2:]
         return height, width
 
+    def check(self, conditions: Sequence[str | int]) -> None:
+        """Any text can be read; see `AlignModel`."""
+
     def add_reference(self) -> nn.Module | None:
         """See `AlignModel`."""
         return _add_reference(self.policy, self.config)
 
+    def fingerprint(self) -> str:
+        """See `AlignModel`."""
+        return diffusion_fingerprint(self.policy.network)
+
     def draw(
-        self, network: nn.Module, conditions: Sequence[str | int], seeds: Sequence[int]
+        self,
+        network: nn.Module | None,
+        conditions: Sequence[str | int],
+        seeds: Sequence[int],
+        start: Tensor | None = None,
     ) -> Float[Tensor, "b 3 H W"]:
         """With the deterministic sampler (eta 0, or the ODE); see `AlignModel`."""
-        with self._using(network):
+        with self._using(self.policy.network if network is None else network):
             encoded = self._drawer.encode(list(conditions))
-            generators = [image_stream(seed) for seed in seeds]
-            drawn = self._drawer.sample(encoded, generators=generators, deterministic=True)
+            drawn = self._drawer.sample(
+                encoded,
+                generators=[image_stream(seed) for seed in seeds],
+                deterministic=True,
+                start=start,
+            )
             return self._drawer.decode(drawn).cpu()
 
     def save(self, network: nn.Module, folder: Path) -> None:
@@ -249,6 +297,12 @@ class DiffusionModel:
             yield
         finally:
             setattr(self.pipe, name, own)
+
+
+def diffusion_fingerprint(network: nn.Module) -> str:
+    """Of a denoiser's weights, without a LoRA."""
+    state = network.state_dict()
+    return storage.fingerprint({k: v for k, v in state.items() if "lora_" not in k})
 
 
 def _refuse_token_settings(config: AlignConfig) -> None:

@@ -19,6 +19,7 @@ from nextscale import processes, storage
 from nextscale.align.config import AlignConfig
 from nextscale.align.experience import score_together
 from nextscale.align.models import AlignModel, open_model
+from nextscale.align.policies.start import StartPolicy
 from nextscale.align.prompts import Prompt, open_prompts
 from nextscale.align.references import Given
 from nextscale.align.rewards import score
@@ -169,7 +170,7 @@ def make_report(
     about = _about(config, model, prompts)
     before = _read_before(path, about, resumed=latest_checkpoint(config.output_dir) is not None)
     if before is None:
-        before = _draw(config, model, model.policy.network, prompts, progress)
+        before = _draw(config, model, None, prompts, progress)
         if processes.is_main():
             path.parent.mkdir(parents=True, exist_ok=True)
             storage.write_tensors(path, {"images": before}, about)
@@ -192,12 +193,11 @@ def make_report(
 
 def _about(config: AlignConfig, model: AlignModel, prompts: Sequence[Prompt]) -> dict[str, str]:
     """What the pictures of the report depend on."""
-    state = model.policy.network.state_dict()
     conditions = "\n".join(str(prompt.condition) for prompt in prompts)
     generation = getattr(getattr(model, "pipe", None), "generation", None)
     settings = [config.guidance_scale, config.mixed_precision, str(generation), config.diffusion]
     return {
-        "weights": storage.fingerprint({k: v for k, v in state.items() if "lora_" not in k}),
+        "weights": model.fingerprint(),
         "eval_prompts": hashlib.sha256(conditions.encode()).hexdigest(),
         "sampling settings": str(settings),
     }
@@ -284,7 +284,7 @@ def grid(
 def _draw(
     config: AlignConfig,
     model: AlignModel,
-    network: nn.Module,
+    network: nn.Module | None,
     prompts: Sequence[Prompt],
     progress: bool,
 ) -> Tensor:
@@ -366,13 +366,15 @@ def _kl_per_step(
     On samples of the tuned policy, as rollouts draw them. The sum over scales is the divergence of
     whole samples (the chain rule); for diffusion it is a mean over latent dimensions.
     """
-    base = open_model(config)
     policy: Policy = model.policy
+    reference = policy.baseline
+    if not isinstance(policy, StartPolicy):  # which knows its own
+        reference = Given(open_model(config).policy.network)
     chosen = list(prompts)[:: max(1, len(prompts) // _KL_SAMPLES)][:_KL_SAMPLES]
     encoded = policy.encode([prompt.condition for prompt in chosen])
     generators = [stream(config.seed, -1, i) for i in range(len(chosen))]
     drawn = policy.sample(encoded, generators=generators)
-    held, policy.baseline = policy.baseline, Given(base.policy.network)
+    held, policy.baseline = policy.baseline, reference
     totals: dict[int, list[float]] = {step: [] for step in range(policy.num_steps)}
     try:
         with torch.no_grad():

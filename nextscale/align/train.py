@@ -29,6 +29,7 @@ from nextscale.align.prompts import Prompt, draw_prompts, open_prompts
 from nextscale.align.report import Report, grid, make_report, score_all
 from nextscale.align.rewards import HeldOutMonitor, combine, normalized, open_reward
 from nextscale.align.rewards.reward import AnyReward, CheckedReward, named
+from nextscale.align.start_model import open_starts
 from nextscale.errors import UserError
 from nextscale.training import FitResult, adamw, bare, decay_groups, fit, latest_checkpoint
 from nextscale.training.batches import global_batch_size
@@ -77,6 +78,8 @@ def align(
 
     PartialState(cpu=not torch.accelerator.is_available())
     model = open_model(config)
+    if config.method == "find":
+        model = open_starts(config, model)
     train_rewards, held_out = _open_rewards(config, rewards or {})
     weights = config.reward_weights or (1.0,) * len(train_rewards)
     method = _open_method(config, model, token_mask)
@@ -92,8 +95,7 @@ def align(
         assert isinstance(method, DPO)
         task = _Offline(config, model, method)
     conditions = task.conditions()
-    if model.policy.kind == "categorical":  # a caption outside of the grammar says so now
-        model.policy.encode(conditions)
+    model.check(conditions)
     report = None
     if config.num_eval_prompts:
         report = make_report(config, model, train_rewards, held_out, progress=progress)
@@ -240,7 +242,8 @@ class _Online:
         the first ratio would not be 1.
         """
         wanted = self.config.recompute_old_logps
-        if "old_logps" not in experience.columns or wanted is False:
+        known = "old_logps" in experience.columns and experience.recompute
+        if not known or wanted is False:
             return experience
         if wanted is None and resolve_precision(self.config.mixed_precision) == "no":
             return experience

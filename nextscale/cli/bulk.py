@@ -95,6 +95,11 @@ def _draw(job: Job, pipe: NextScalePipeline, output: Output, todo: set[int]) -> 
     key = "prompt" if job.prompts else "class_labels"
     settings = {k: v for k, v in job.settings.items() if v is not None}
     batches = sorted({index // size for index in todo})
+    start = None
+    if job.config.start is not None:
+        from nextscale.align.start_model import Start
+
+        start = Start(job.config.start, pipe, pipe.settings(**settings))
     own = [batches[i] for i in processes.own_range(len(batches))]
     shape = "{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}]"
     total = sum(min(size, job.count - b * size) for b in own)
@@ -102,12 +107,15 @@ def _draw(job: Job, pipe: NextScalePipeline, output: Output, todo: set[int]) -> 
         for batch in own:
             rows = range(batch * size, min((batch + 1) * size, job.count))
             padded = [*rows, *[rows[-1]] * (size - len(rows))]
-            tick = partial(_tick, bar, len(rows) / len(pipe.scales))
+            conditions, seeds = [job.condition(i) for i in padded], [job.seed + i for i in padded]
+            given = None if start is None else start(conditions, seeds)
+            tick = partial(_tick, bar, len(rows) / (len(pipe.scales) - pipe.given_scales(given)))
             result = pipe(
-                **{key: [job.condition(i) for i in padded]},
+                **{key: conditions},
                 **settings,
                 negative_prompt=job.config.negative_prompt,
-                seed=[job.seed + i for i in padded],
+                start=given,
+                seed=seeds,
                 return_scales=job.config.save_scales,
                 callback=tick,
             )
@@ -116,7 +124,8 @@ def _draw(job: Job, pipe: NextScalePipeline, output: Output, todo: set[int]) -> 
                     continue
                 text = metadata({**_about(job, index, pipe), **facts})
                 if result.scales is not None:
-                    strip = filmstrip([s[row] for s in result.scales], pipe.scales)
+                    drawn = [s[row] for s in result.scales]
+                    strip = filmstrip(drawn, pipe.scales[-len(drawn) :])
                     save_png(strip, job.path(index, "_scales"), text)
                 save_png(result.images[row], job.path(index), text)
 
@@ -141,6 +150,7 @@ def _facts(job: Job) -> dict[str, Any]:
     lora = {} if config.lora is None else {"lora": config.lora, "lora_scale": config.lora_scale}
     return {
         **{"model": config.model, "weights": job.weights, **lora},
+        **({} if config.start is None else {"start": config.start}),
         **{k: v for k, v in job.settings.items() if v is not None},
         **({} if config.negative_prompt is None else {"negative_prompt": config.negative_prompt}),
         **{"dtype": config.dtype, "batch_size": config.batch_size},

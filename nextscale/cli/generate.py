@@ -74,6 +74,8 @@ class GenerateConfig(SamplingFlags, ModelFlags):
     """Folder of a LoRA for the model."""
     lora_scale: float = 1.0
     """Strength of the LoRA."""
+    start: str | None = None
+    """Start file of `nextscale align --method find`, or its folder."""
 
     def __post_init__(self) -> None:
         for name in ("num_images", "batch_size"):

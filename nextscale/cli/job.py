@@ -108,6 +108,9 @@ def resolve_job(config: GenerateConfig) -> Job:
     weights = model.weights()
     if config.lora is not None:
         weights += ":" + storage.file_sha256(Path(config.lora) / "adapter_model.safetensors")
+    if config.start is not None:
+        path = Path(config.start)
+        weights += ":" + storage.file_sha256(path / "start.safetensors" if path.is_dir() else path)
     job = Job(replace(config, **resolved), conditions, settings, weights, model.takes_prompts)
     if config.resume and before:
         _check_same(job, before)

@@ -6,7 +6,7 @@ Progress bars, previews, editing, control and rollouts all consume the same loop
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -151,6 +151,7 @@ def sample(
     negative: Condition | None = None,
     forcing: Forcing | None = None,
     prefix: Int[Tensor, "b p"] | None = None,
+    offset: Float[Tensor, "b d"] | None = None,
     branches: int = 1,
     hooks: BlockHooks | None = None,
 ) -> Iterator[ScaleStep]:
@@ -170,6 +171,7 @@ def sample(
         negative: Condition of the guidance's other side; None: the null condition.
         forcing: Tokens that replace drawn ones.
         prefix: Tokens of the first scales; decoding starts after them, from one masked pass.
+        offset: Added to the start token of each conditional row (learned starts).
         branches: Continue each row so many times, siblings one after the other: the prefix is
             computed once per row and its cache repeated. Seeds, draw and forcing have
             b * branches rows, and so have the steps.
@@ -195,6 +197,8 @@ def sample(
     if last_guided >= 0:
         both = Condition.cat([condition, negative or model.null_condition(batch)])
     prepared = model.prepare(both)
+    if offset is not None:
+        prepared = _moved(prepared, offset)
     cache = model.new_cache(len(both.pooled))
     weight = quantizer.codebook.weight
     f_hat = weight.new_zeros(batch, weight.shape[1], *schedule.grid)
@@ -249,6 +253,18 @@ def sample(
         f_hat, following = quantizer.step(f_hat, code_map, k, schedule)
         inputs = following.flatten(2).transpose(1, 2)
         yield ScaleStep(k, predicted, tokens, logits, conditional, unconditional, hidden, f_hat)
+
+
+def _moved(prepared: Prepared, offset: Tensor) -> Prepared:
+    """With an offset on the start tokens of the first rows, the conditional ones."""
+    if offset.shape != (len(offset), prepared.start.shape[-1]):
+        raise UserError(
+            f"an offset of the start token is [b, {prepared.start.shape[-1]}], "
+            f"got {list(offset.shape)}"
+        )
+    start = prepared.start.clone()
+    start[: len(offset), 0] += offset.to(start)
+    return replace(prepared, start=start)
 
 
 def _run_prefix(

@@ -131,9 +131,25 @@ class NextScalePolicy:
         *,
         generators: Sequence[torch.Generator],
         deterministic: bool = False,
+        start: Tensor | None = None,
     ) -> Trajectory:
-        """Draw tokens scale by scale; see `Policy.sample`. Deterministic: the likeliest codes."""
-        return self._draw(conditions, generators, None, 1, deterministic)
+        """Draw tokens scale by scale; see `Policy.sample`. Deterministic: the likeliest codes.
+
+        Args:
+            conditions: From `encode`.
+            generators: One per row, on the CPU.
+            deterministic: The likeliest codes.
+            start: An offset of the start token, or tokens of the first scales, as in the call of
+                the pipeline; log-probabilities of given tokens are NaN.
+        """
+        if start is None or start.is_floating_point():
+            return self._draw(conditions, generators, None, 1, deterministic, start)
+        drawn = self._draw(conditions, generators, start, 1, deterministic)
+        count = self.num_steps - len(drawn.actions)
+        given = list(start.split(self.units[:count], dim=1))
+        unknown = [torch.full_like(tokens, torch.nan, dtype=torch.float32) for tokens in given]
+        actions, logps = [*given, *drawn.actions], [*unknown, *drawn.logps]
+        return replace(drawn, actions=actions, logps=logps)
 
     def branch(
         self,
@@ -169,6 +185,7 @@ class NextScalePolicy:
         prefix: Tensor | None,
         branches: int,
         deterministic: bool,
+        offset: Tensor | None = None,
     ) -> Trajectory:
         if len(generators) != len(conditions) * branches:
             raise UserError(
@@ -190,6 +207,7 @@ class NextScalePolicy:
                     replace(self.settings, top_k=1) if deterministic else self.settings,
                     draw=draw,
                     prefix=None if prefix is None else prefix[rows],
+                    offset=None if offset is None else offset[rows],
                     branches=branches,
                 )
                 drawn = [(step.tokens, self._step_logp(step)) for step in steps]
