@@ -76,11 +76,23 @@ def align(
     """
     from accelerate import PartialState
 
-    PartialState(cpu=not torch.accelerator.is_available())
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    try:
+        return _align(config, rewards or {}, token_mask, progress)
+    finally:
+        state.destroy_process_group()
+
+
+def _align(
+    config: AlignConfig,
+    rewards: Mapping[str, Any],
+    token_mask: TokenMask | None,
+    progress: bool,
+) -> AlignResult:
     model = open_model(config)
     if config.method == "find":
         model = open_starts(config, model)
-    train_rewards, held_out = _open_rewards(config, rewards or {})
+    train_rewards, held_out = _open_rewards(config, rewards)
     weights = config.reward_weights or (1.0,) * len(train_rewards)
     method = _open_method(config, model, token_mask)
     modules: dict[str, nn.Module] = {"policy": model.policy.network}

@@ -104,6 +104,7 @@ def fit(
     """
     # Before anything is moved or written: would this call mix two runs?
     resume = checkpoint.find_checkpoint(config.output_dir, config.resume_from_checkpoint)
+    shared = torch.distributed.is_initialized()  # the caller's group, who has more to do in it
     accelerator = open_accelerator(config, len(optimizers), find_unused_parameters)
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
     try:
@@ -112,7 +113,11 @@ def fit(
             run.state = state
             start(run, resume)
             _train(run, load_batch, validate, after_step, stop, progress)
-        accelerator.end_training()
+        if shared:
+            for tracker in accelerator.trackers:
+                tracker.finish()
+        else:
+            accelerator.end_training()
     finally:
         release(accelerator, modules)
     averages = {name: average.module for name, average in run.averages.items()}

@@ -36,6 +36,8 @@ class RAFTConfig:
 class RAFT:
     """-log pi of the best samples, without guidance: exact, or the noised surrogate of diffusion.
 
+    Differs from the paper: groups whose rewards are all equal are left out.
+
     Args:
         settings: See there.
         policy: What is trained.
@@ -60,14 +62,15 @@ class RAFT:
         return None
 
     def learn(self, rollout: Rollout) -> Experience:
-        """The best samples of each group; equal ones in the order of drawing."""
+        """The best samples of each group; groups without differences teach nothing."""
         settings = self.settings
         total = grouped(rollout.total, rollout.groups)
         order = total.nan_to_num(-torch.inf).argsort(dim=1, descending=True, stable=True)
         best = order[:, : settings.top_k]
         kept = total.gather(1, best)
         floor = -torch.inf if settings.threshold is None else settings.threshold
-        used = (kept >= floor).to(total).flatten()  # False for NaN
+        differ = total.nan_to_num(-torch.inf).amax(1) > total.nan_to_num(torch.inf).amin(1)
+        used = ((kept >= floor) & differ[:, None]).to(total).flatten()  # False for NaN
         first = torch.arange(len(total), device=total.device)[:, None] * total.shape[1]
         items = (first + best).flatten()[:, None]
         return Experience(rollout, items, used, metrics={"samples/used": float(used.mean())})
