@@ -163,6 +163,7 @@ def make_report(
         first = len(prompts)
         prompts += [prompt for prompt in asked for _ in range(config.num_eval_images)]
         sources[name] = slice(first, len(prompts))
+    model.check([prompt.condition for prompt in prompts])
     network, reference = None, None
     if processes.is_main() and (network := _features_of(config, model)) is not None:
         reference = _reference(config, model)

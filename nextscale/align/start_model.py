@@ -116,7 +116,7 @@ def open_starts(config: AlignConfig, inner: AlignModel) -> StartModel:
     policy = StartPolicy(
         base,
         starts,
-        deterministic=settings.eta == 0,
+        deterministic=settings.deterministic,
         logp_reduction=settings.logp_reduction,
     )
     return StartModel(inner, policy)

@@ -41,7 +41,7 @@ def frechet(features: Callable[[Tensor], Tensor] = lambda x: x) -> FrechetReward
 
 def test_swaps_are_those_of_the_golden_data() -> None:
     part = SetPart(frechet(), torch.stack([D1, D2], dim=1))
-    second = swap_split([(1.0, part, len(D1))])
+    second = swap_split([(1.0, part)], len(D1))
     swapped = ~second if GOLDEN["swap"]["start_with"] == "D2" else second
     assert swapped.tolist() == GOLDEN["swap"]["swapped"]
     positive = torch.where(second[:, None], D2, D1)
@@ -57,7 +57,7 @@ def test_swapping_never_lowers_the_reward_of_the_better_set(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     both = torch.randn(10, 2, 3, generator=generator, dtype=torch.float64)
     for reward in (frechet(), VendiReward(lambda x: x)):
-        second = swap_split([(1.0, SetPart(reward, both), 10)])
+        second = swap_split([(1.0, SetPart(reward, both))], 10)
         positive = both[torch.arange(10), second.long()]
         least = max(reward.score_set(both[:, 0]), reward.score_set(both[:, 1]))
         assert reward.score_set(positive) >= least - 1e-12
@@ -65,9 +65,9 @@ def test_swapping_never_lowers_the_reward_of_the_better_set(seed: int) -> None:
 
 def test_with_rewards_of_pictures_the_better_of_each_pair_is_taken() -> None:
     values = torch.randn(20, 2, generator=torch.Generator().manual_seed(0))
-    second = swap_split([(1.0, MeanPart(values), 20)])
+    second = swap_split([(1.0, MeanPart(values))], 20)
     assert torch.equal(second, values[:, 1] > values[:, 0])
-    against = swap_split([(-1.0, MeanPart(values), 20)])
+    against = swap_split([(-1.0, MeanPart(values))], 20)
     assert torch.equal(against, values[:, 1] < values[:, 0])
 
 

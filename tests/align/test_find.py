@@ -392,6 +392,15 @@ def test_the_noise_of_a_pipeline_is_learnt(tmp_path: Path, monkeypatch: pytest.M
         ({"find": FINDConfig(prefix_scales=9)}, "find.prefix_scales is 9"),
         ({"lora_rank": 2}, "leave lora_rank out"),
         (
+            {
+                "find": FINDConfig(amortised=False),
+                "prompts": ("FEW",),
+                "eval_prompts": ("classes",),
+                "num_eval_prompts": 3,
+            },
+            "there is no start for",
+        ),
+        (
             {"find": FINDConfig(amortised=False), "prompts": ("classes",), "model": "scenes"},
             "needs a class-conditional model",
         ),
@@ -408,7 +417,10 @@ def test_the_noise_of_a_pipeline_is_learnt(tmp_path: Path, monkeypatch: pytest.M
 def test_what_does_not_fit_is_refused(
     tmp_path: Path, model_folder: Path, changes: dict[str, Any], message: str
 ) -> None:
+    (tmp_path / "few.jsonl").write_text('{"class_label": 0}')
     given = {"reward_funcs": ("brightness",), "model": str(model_folder), **changes}
+    if given.get("prompts") == ("FEW",):
+        given["prompts"] = (str(tmp_path / "few.jsonl"),)
     model = given.pop("model")
     with pytest.raises(UserError, match=message):
         align(settings(tmp_path / "run", model, **given), progress=False)

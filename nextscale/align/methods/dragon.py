@@ -91,7 +91,7 @@ class DRAGON:
         if self.settings.credit == "leave_one_out":
             second = values[:, 1] > values[:, 0]
         else:
-            second = swap_split(_parts(rollout, rows))
+            second = swap_split(_parts(rollout, rows), len(rows))
         positive = rows.gather(1, second.long()[:, None])
         negative = rows.gather(1, (~second).long()[:, None])
         metrics = {"pairs/used": float(used.float().mean())}
@@ -150,26 +150,26 @@ class Part(Protocol):
         ...
 
 
-def swap_split(parts: Sequence[tuple[float, Part, int]]) -> Bool[Tensor, " n"]:
+def swap_split(parts: Sequence[tuple[float, Part]], count: int) -> Bool[Tensor, " n"]:
     """Which samples of D+ come from D2, by one greedy pass.
 
     Start with the better whole set; for i = 1..n exchange sample i, and keep the exchange if the
     reward of D+ strictly rises.
 
     Args:
-        parts: (weight, term, n); the reward is the weighted sum.
+        parts: (weight, term); the reward is the weighted sum.
+        count: n, samples of a set.
     """
-    count = parts[0][2]
-    totals = [sum(w * part.start(side) for w, part, _ in parts) for side in (False, True)]
+    totals = [sum(w * part.start(side) for w, part in parts) for side in (False, True)]
     second = totals[1] > totals[0]
-    best = sum(w * part.start(second) for w, part, _ in parts)
+    best = sum(w * part.start(second) for w, part in parts)
     chosen = torch.full((count,), second)
     for i in range(count):
-        value = sum(w * part.propose(i) for w, part, _ in parts)
+        value = sum(w * part.propose(i) for w, part in parts)
         if value > best:
             best = value
             chosen[i] = not second
-            for _, part, _ in parts:
+            for _, part in parts:
                 part.accept()
     return chosen
 
@@ -240,16 +240,16 @@ class SetPart:
             self.moments = self.next_moments
 
 
-def _parts(rollout: Rollout, rows: Int[Tensor, "n 2"]) -> list[tuple[float, Part, int]]:
+def _parts(rollout: Rollout, rows: Int[Tensor, "n 2"]) -> list[tuple[float, Part]]:
     """The terms of a rollout's reward."""
-    parts: list[tuple[float, Part, int]] = []
+    parts: list[tuple[float, Part]] = []
     columns = zip(rollout.scored_by, rollout.weights, rollout.rewards.unbind(1), strict=True)
     for reward, weight, column in columns:
         if not weight:
             continue
         if isinstance(reward, SetReward):
             features = rollout.features[reward.name][rows]
-            parts.append((weight, SetPart(reward, features), len(rows)))
+            parts.append((weight, SetPart(reward, features)))
         else:
-            parts.append((weight, MeanPart(column[rows]), len(rows)))
+            parts.append((weight, MeanPart(column[rows])))
     return parts

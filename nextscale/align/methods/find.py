@@ -46,9 +46,9 @@ class FINDConfig:
     """Width of the networks."""
     logp_reduction: Literal["mean", "sum"] = "mean"
     """Of log-densities over dimensions; a mean hardly moves, its epsilon must be tiny."""
-    eta: float = 0.0
-    """Noise of the diffusion steps behind the start: 0, or that of `diffusion.eta` if above 0. The
-    released code has 1, with which the start decides only in part."""
+    deterministic: bool = True
+    """Diffusion steps behind the start without noise, eta 0; off: with that of `diffusion.eta`. The
+    released code has eta 1, with which the start decides only in part."""
     suffixes: int = 1
     """Pictures drawn per start, whose mean reward is the start's."""
     baseline: Literal["group", "ema", "value"] = "group"
@@ -70,7 +70,7 @@ class FINDConfig:
         for name in ("prefix_scales", "hidden", "suffixes", "min_std", "initial_std"):
             value = getattr(self, name)
             require(f"find.{name}", value, value is None or value > 0, "be above 0")
-        for name in ("eta", "replay", "value_weight"):
+        for name in ("replay", "value_weight"):
             require(f"find.{name}", getattr(self, name), getattr(self, name) >= 0, "be 0 or more")
         require("find.ema_decay", self.ema_decay, 0 <= self.ema_decay < 1, "lie in [0, 1)")
         choices = {
@@ -147,9 +147,7 @@ class FIND:
             rows = torch.cat([rows, rows[:1].repeat(missing, 1, 1)])
         items = rows.transpose(0, 1).flatten()
         weights = useful[items].view(-1, 1 + settings.replay, size)
-        if missing:
-            weights = weights.clone()
-            weights[:, len(every) :] = 0
+        weights[:, len(every) :] = 0
         if settings.replay:
             self._past = [*self._past, own][-settings.replay :]
         again = replace(
