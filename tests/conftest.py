@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import subprocess
@@ -31,6 +32,16 @@ GOLDEN = Path(__file__).parent / "golden" / "var"
 
 SCALES = (1, 2, 3, 4)
 CLASSES, VOCABULARY, CHANNELS, WIDTH = 5, 32, 8, 32
+
+
+@pytest.fixture(autouse=True)
+def log_restored() -> Iterator[None]:
+    """Commands that a test runs in this process set up the log (`--quiet`): not for the next test."""
+    logger = logging.getLogger("nextscale")
+    level, handlers = logger.level, logger.handlers[:]
+    yield
+    logger.setLevel(level)
+    logger.handlers = handlers
 
 
 @pytest.fixture(scope="session")

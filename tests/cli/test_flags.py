@@ -101,6 +101,7 @@ def test_the_flags_of_the_main_commands():
             "overwrite",
             "lora",
             "lora_scale",
+            "start",
         ]
     )
     assert flags(EncodeConfig) == DATA | set(
