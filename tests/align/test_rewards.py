@@ -430,6 +430,49 @@ def test_frechet_reference_is_a_folder_or_statistics(tmp_path: Path) -> None:
     assert open_reward("vendi").score_set(features) > 2  # pyright: ignore
 
 
+def test_exemplars_may_be_texts_in_the_space_of_clip(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("open_clip")
+    from nextscale.eval.clip import BUNDLED, open_clip_model
+
+    images, captions = scenes(200)
+    colours = {c: [i for i, t in enumerate(captions) if c in t] for c in ("red", "blue")}
+    red, blue = (
+        sorted(set(colours[a]) - set(colours[b])) for a, b in (("red", "blue"), ("blue", "red"))
+    )
+    texts = tmp_path / "texts.txt"
+    texts.write_text("".join(f"{captions[i]}\n\n" for i in red))
+    reward: Any = open_reward(f"frechet_clip:{texts}@{BUNDLED}")
+    assert f"holds {len(red)} exemplars, fewer than the" in caplog.text
+    rows = open_clip_model(BUNDLED).texts([captions[i] for i in red]).double()
+    torch.testing.assert_close(reward.mean, rows.mean(dim=0))
+    torch.testing.assert_close(reward.covariance, Moments.of(rows).covariance)
+    count = min(len(red), len(blue))
+    near, far = (
+        reward.score_set(reward.features(images[i[:count]], [""] * count)) for i in (red, blue)
+    )
+    assert near > far  # pictures of what the texts say
+
+
+def test_exemplars_that_are_none(tmp_path: Path) -> None:
+    for kind in ("frechet", "frechet_instance", "frechet_clip"):
+        with pytest.raises(UserError, match=r"there are no exemplars .*nothing"):
+            open_reward(f"{kind}:{tmp_path / 'nothing'}")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="there is no image in"):
+        open_reward(f"frechet:{tmp_path / 'empty'}")
+    (tmp_path / "one").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "one" / "a.png")
+    with pytest.raises(UserError, match="holds one exemplar, which has no spread"):
+        open_reward(f"frechet:{tmp_path / 'one'}")
+    (tmp_path / "texts.txt").write_text("\n\n")
+    with pytest.raises(UserError, match="holds no texts"):
+        open_reward(f"frechet_clip:{tmp_path / 'texts.txt'}")
+    with pytest.raises(UserError, match="which only CLIP reads: use frechet_clip"):
+        open_reward(f"frechet:{tmp_path / 'texts.txt'}")
+
+
 class Brighter:
     """Prefers the brighter of two pictures, the more the brighter."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,15 @@ from torch import Tensor
 from nextscale.align.rewards.reward import CheckedReward, Prompts, as_reward
 from nextscale.data.images import to_uint8
 from nextscale.errors import UserError
-from nextscale.eval.feature_network import SmallFeatures
+from nextscale.eval.clip import ClipFeatures
+from nextscale.eval.feature_network import BUNDLED, SmallFeatures
 from nextscale.eval.features import extract
 from nextscale.eval.frechet import Moments, as_float64, frechet_distance
 from nextscale.eval.images import open_images
 from nextscale.eval.pairwise import vendi_score, vendi_without
 from nextscale.eval.statistics import check_same, is_statistics, read_statistics
+
+logger = logging.getLogger(__name__)
 
 WORLDS = ("scenes", "scenes-all")
 NUM_REFERENCE = 2000  # pictures of a built-in world that make its reference
@@ -156,46 +160,80 @@ def instance_frechet_reward(reward: FrechetReward) -> CheckedReward:
     return as_reward(distance, "frechet_instance", range=bounds, needs_prompt=False)
 
 
-def frechet_reward(reference: str, network: SmallFeatures) -> FrechetReward:
-    """The Fréchet reward of a reference's name; every process of a run must call it.
+def frechet_reward(reference: str, network: SmallFeatures | ClipFeatures) -> FrechetReward:
+    """The Fréchet reward of a set of exemplars; every process of a run must call it.
 
     Args:
-        reference: scenes or scenes-all (2000 pictures of its validation part), a folder or file of
-            pictures of the network's size, or an .npz of statistics (`nextscale eval stats`).
+        reference: A folder or file of pictures, an .npz of statistics (`nextscale eval stats`), or
+            scenes or scenes-all (2000 pictures of its validation part). With CLIP also a .txt with
+            one text per line: DRAGON's exemplars of another modality.
         network: Gives the features.
 
     Raises:
-        UserError: If there is no such reference, or it was made with another network.
+        UserError: If there is no such reference, it was made with another network, or it holds
+            fewer than 2 exemplars. Fewer exemplars than features are warned of.
     """
+    tap = next(iter(network.taps))
     if is_statistics(reference):
         statistics = read_statistics(reference)
-        if "scenes" not in statistics.values:
+        if tap not in statistics.values:
             raise UserError(
                 f"{reference} holds statistics of {', '.join(statistics.values)} features, not of "
-                f"{network.name}. Make them with nextscale eval stats and the metric fd_scenes"
+                f"{network.labels.get(tap, BUNDLED)}. Make them with nextscale eval stats and the "
+                f"metric fd_{tap}"
             )
         check_same(statistics, network.fingerprint())
-        mean, covariance = statistics.values["scenes"]
+        mean, covariance = statistics.values[tap]
         return FrechetReward(features_by(network), mean, covariance)
-    images = open_images(*_world(reference, network)) if reference in WORLDS else None
-    found = extract(images or open_images(Path(reference)), network, moments=["scenes"])
-    moments = found.moments("scenes")
+    moments = _moments(reference, network, tap)
+    if moments.count < 2:
+        raise UserError(
+            f"{reference} holds one exemplar, which has no spread to compare with. Give two or "
+            "more, better some hundred"
+        )
+    if moments.count <= network.taps[tap]:
+        logger.warning(
+            "%s holds %d exemplars, fewer than the %d features: their covariance is not of full "
+            "rank, and the distance is far above its value for many exemplars",
+            *(reference, moments.count, network.taps[tap]),
+        )
     return FrechetReward(features_by(network), moments.mean, moments.covariance)
 
 
-def features_by(network: SmallFeatures) -> FeatureFunction:
-    """Pictures in [0, 1] -> features of the small network."""
+def features_by(network: SmallFeatures | ClipFeatures) -> FeatureFunction:
+    """Pictures in [0, 1] -> features of a network."""
+    tap = next(iter(network.taps))
 
     def features_of(images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
-        return network(list(to_uint8(images.detach()).permute(0, 2, 3, 1).cpu().numpy()))["scenes"]
+        return network(list(to_uint8(images.detach()).permute(0, 2, 3, 1).cpu().numpy()))[tap]
 
     return features_of
 
 
-def _world(name: str, network: SmallFeatures) -> tuple[Any, int]:
+def _moments(reference: str, network: SmallFeatures | ClipFeatures, tap: str) -> Moments:
+    """Of the features of exemplars."""
+    if reference in WORLDS:
+        images = open_images(*_world(reference, network))
+        return extract(images, network, moments=[tap]).moments(tap)
+    if not Path(reference).exists():
+        kinds = "a folder or file of pictures, an .npz of eval stats, scenes or scenes-all"
+        raise UserError(f"there are no exemplars {reference}. Give {kinds}")
+    if Path(reference).suffix == ".txt":
+        if isinstance(network, SmallFeatures):
+            raise UserError(f"{reference} holds texts, which only CLIP reads: use frechet_clip")
+        lines = [line.strip() for line in Path(reference).read_text("utf-8").splitlines()]
+        texts = [line for line in lines if line]
+        if not texts:
+            raise UserError(f"{reference} holds no texts; write one exemplar per line")
+        return Moments.of(as_float64(network.clip.texts(texts)))
+    return extract(open_images(reference), network, moments=[tap]).moments(tap)
+
+
+def _world(name: str, network: SmallFeatures | ClipFeatures) -> tuple[Any, int]:
     from nextscale.data.sources import open_source
 
-    side = network.network.config.resolution
+    small = isinstance(network, SmallFeatures)
+    side = network.network.config.resolution if small else network.clip.size
     data = open_source(name, resolution=side, split="validation", num_images=NUM_REFERENCE)
 
     def draw(start: int, count: int) -> np.ndarray:

@@ -63,8 +63,9 @@ def open_reward(
     | random | a control that means nothing |
     | classifier:MODEL[@FILE] | log-probability of the class label, by a model of timm |
     | clip[:MODEL] | cosine by the bundled CLIP, a model folder, or one of open_clip |
-    | frechet:REFERENCE | set reward: Fréchet distance in the bundled features |
-    | frechet_instance:REFERENCE | the same of each picture alone |
+    | frechet:EXEMPLARS | set reward: Fréchet distance in the bundled features |
+    | frechet_instance:EXEMPLARS | the same of each picture alone |
+    | frechet_clip:EXEMPLARS[@MODEL] | the set reward in CLIP's space: also exemplar texts |
     | vendi | set reward: diversity in the bundled features |
     | pickscore, hpsv2, imagereward, aesthetic[:FILE] | preference models |
     | ocr[:PACKAGE] | share of the quoted text that is read in the picture |
@@ -141,16 +142,28 @@ def _frechet(argument: str | None, opening: Opening) -> AnyReward:
     from nextscale.align.rewards.distribution import frechet_reward
     from nextscale.eval.feature_network import small_features
 
-    reference = _needed("frechet", argument, "a reference, such as scenes")
-    return frechet_reward(reference, small_features(device=opening.device))
+    exemplars = _needed("frechet", argument, "exemplars, such as scenes")
+    return frechet_reward(exemplars, small_features(device=opening.device))
 
 
 def _frechet_instance(argument: str | None, opening: Opening) -> AnyReward:
     from nextscale.align.rewards.distribution import frechet_reward, instance_frechet_reward
     from nextscale.eval.feature_network import small_features
 
-    reference = _needed("frechet_instance", argument, "a reference, such as scenes")
-    return instance_frechet_reward(frechet_reward(reference, small_features(device=opening.device)))
+    exemplars = _needed("frechet_instance", argument, "exemplars, such as scenes")
+    return instance_frechet_reward(frechet_reward(exemplars, small_features(device=opening.device)))
+
+
+def _frechet_clip(argument: str | None, opening: Opening) -> AnyReward:
+    from nextscale.align.rewards.distribution import frechet_reward
+    from nextscale.eval.clip import BUNDLED, ClipFeatures, open_clip_model
+
+    what = _needed("frechet_clip", argument, "exemplars, such as texts.txt")
+    exemplars, _, model = what.partition("@")
+    clip = open_clip_model(model or BUNDLED, device=opening.device, download=opening.download)
+    reward = frechet_reward(exemplars, ClipFeatures(clip, ["clip"]))
+    reward.name = "frechet_clip"
+    return reward
 
 
 def _vendi(argument: str | None, opening: Opening) -> AnyReward:
@@ -187,6 +200,7 @@ REWARDS: dict[str, Factory] = {
     "clip": _clip,
     "frechet": _frechet,
     "frechet_instance": _frechet_instance,
+    "frechet_clip": _frechet_clip,
     "vendi": _vendi,
     "pickscore": _preference("pickscore", (-100.0, 100.0)),
     "hpsv2": _preference("hpsv2", (-1.0, 1.0)),
