@@ -9,6 +9,7 @@ p in closed form, and the coverage a is the same for pure and for dark bars. The
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import cast
 
 import numpy as np
@@ -95,6 +96,12 @@ def detect(image: np.ndarray) -> Detection:
             f"got {image.dtype} and {image.shape[0]}"
         )
     pixels = _shrink(image)
+    return _detect(pixels.tobytes(), len(pixels))
+
+
+@lru_cache(maxsize=512)  # two rewards of a rollout ask for the same pictures
+def _detect(data: bytes, side: int) -> Detection:
+    pixels = np.frombuffer(data, dtype=np.float32).reshape(side, side, 3)
     plain = pixels.max(axis=2) - pixels.min(axis=2) < BACKGROUND_CHROMA
     if plain.mean() < BACKGROUND_SHARE:
         return Detection((), "noise: too few pixels are grey enough for a background")
