@@ -36,7 +36,7 @@ CLASSES, VOCABULARY, CHANNELS, WIDTH = 5, 32, 8, 32
 
 @pytest.fixture(autouse=True)
 def log_restored() -> Iterator[None]:
-    """Commands that a test runs in this process set up the log (`--quiet`): not for the next test."""
+    """A command that a test runs in this process sets up the log: not for the next test."""
     logger = logging.getLogger("nextscale")
     level, handlers = logger.level, logger.handlers[:]
     yield

@@ -65,6 +65,10 @@ class AlignConfig(TrainingConfig):
     reward rises."""
     held_out_patience: int = 3
     """Validations in a row after which it stops."""
+    trend_p_value: float | None = 0.01
+    """Save the model as it was if the reward did not rise: if chance makes such a rise over the
+    rollouts' means with a higher probability than this (one-sided, 20 rollouts or more). The
+    trained weights stay in the checkpoints. None: save them in any case."""
 
     num_prompts: int = 16
     """Prompts per rollout, over all processes."""
@@ -164,6 +168,9 @@ class AlignConfig(TrainingConfig):
             raise UserError("find trains the start, not the generator: leave lora_rank out")
         if self.method == "dragon" and self.reward_mode != "sum":
             raise UserError(f"reward_mode {self.reward_mode}: DRAGON takes the weighted sum")
+        p_value = self.trend_p_value
+        fits = p_value is None or 0 < p_value < 1
+        require("trend_p_value", p_value, fits, "lie in (0, 1), or be none")
         if self.num_eval_prompts and not self.eval_prompts:
             raise UserError("eval_prompts is empty; name a source, or set num_eval_prompts 0")
         positive = (

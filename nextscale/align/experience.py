@@ -153,7 +153,8 @@ def collect(
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:
     """What trl logs of a rollout: `reward`, `reward_std`, `rewards/NAME/mean`, ...
 
-    The mean of a set reward is the set's score, not that of the samples' contributions.
+    The mean of a set reward is the set's score, not that of the samples' contributions, also
+    within `reward`.
     """
     metrics = {f"rewards/{k}/mean": float(v.nanmean()) for k, v in rollout.extra.items()}
     for reward, column in zip(rollout.scored_by, rollout.rewards.unbind(1), strict=True):
@@ -166,6 +167,9 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
     total = rollout.total
     stds = group_moments(total, rollout.groups, ddof=1)[1]
     metrics["reward"] = float(total.nanmean())
+    if any(isinstance(reward, SetReward) for reward in rollout.scored_by):
+        named = zip(rollout.weights, rollout.scored_by, strict=True)
+        metrics["reward"] = sum(w * metrics[f"rewards/{r.name}/mean"] for w, r in named)
     metrics["reward_std"] = float(stds.mean())
     metrics["frac_reward_zero_std"] = float((stds == 0).float().mean())
     return metrics

@@ -68,8 +68,15 @@ class Report:
     progress: bool
     record: dict[str, Any]
 
-    def finish(self, final: nn.Module, result: FitResult) -> None:
-        """Draw again, measure both sides, write report.json, report.md and the grid."""
+    def finish(self, final: nn.Module, result: FitResult, trend: Mapping[str, Any]) -> None:
+        """Draw again, measure both sides, write report.json, report.md and the grid.
+
+        Args:
+            final: What is saved.
+            result: The training.
+            trend: Whether the rollouts' reward rose, with `"kept": False` where it did not and the
+                saved model is the one that the run began with.
+        """
         after = _draw(self.config, self.model, final, self.prompts, self.progress)
         sides = {"before": self.before, "after": after}
         columns = {
@@ -88,6 +95,7 @@ class Report:
             "model": self.config.model,
             "steps": result.steps,
             "minutes": round(result.seconds / 60, 2),
+            "reward_trend": dict(trend),
             "images_per_prompt": self.config.num_eval_images,
             "prompts": {},
             "kl": _kl_per_step(self.config, self.model, network=final, prompts=self.prompts),
@@ -412,6 +420,8 @@ def _markdown(record: dict[str, Any]) -> str:
         f"{record['method']} on {record['model']}: {record['steps']} steps, "
         f"{record['minutes']} minutes; {record['images_per_prompt']} pictures per prompt.",
     ]
+    if not record["reward_trend"]["kept"]:
+        lines += ["", "The reward did not rise over the rollouts: the model was saved as it was."]
     for source, found in record["prompts"].items():
         title = f"{source}, {found['num_prompts']} prompts"
         lines += ["", f"| {title} | before | after | difference |", "|---|---|---|---|"]

@@ -27,8 +27,14 @@ from nextscale.align.models import AlignModel, open_model
 from nextscale.align.pairs import load_pairs, read_pairs
 from nextscale.align.prompts import Prompt, draw_prompts, open_prompts
 from nextscale.align.report import Report, grid, make_report, score_all
-from nextscale.align.rewards import HeldOutMonitor, combine, normalized, open_reward
-from nextscale.align.rewards.reward import AnyReward, CheckedReward, named
+from nextscale.align.rewards import (
+    HeldOutMonitor,
+    RewardTrend,
+    combine,
+    normalized,
+    open_reward,
+)
+from nextscale.align.rewards.reward import AnyReward, CheckedReward, PairwiseReward, named
 from nextscale.align.start_model import open_starts
 from nextscale.errors import UserError
 from nextscale.training import FitResult, adamw, bare, decay_groups, fit, latest_checkpoint
@@ -47,10 +53,12 @@ class AlignResult:
     Attributes:
         fit: The result of the loop.
         report: What was measured before and after; None if it was switched off.
+        kept: False if the reward did not rise, and the model was saved as it was.
     """
 
     fit: FitResult
     report: Report | None
+    kept: bool
 
 
 def align(
@@ -112,6 +120,8 @@ def _align(
     if config.num_eval_prompts:
         report = make_report(config, model, train_rewards, held_out, progress=progress)
     watcher.before()
+    trained = [(n, p) for n, p in model.policy.network.named_parameters() if p.requires_grad]
+    began = {name: parameter.detach().cpu().clone() for name, parameter in trained}
     try:
         result = fit(
             config,
@@ -122,7 +132,7 @@ def _align(
             losses=task.losses,
             validate=watcher.validate if config.num_validation_prompts else None,
             stop=watcher.stop,
-            state=_State(monitor=watcher.monitor, method=method),
+            state=_State(monitor=watcher.monitor, trend=task.trend, method=method),
             progress=progress,
         )
     except UserError as error:
@@ -135,11 +145,20 @@ def _align(
     if "policy" in result.ema_modules:
         final.load_state_dict(result.ema_modules["policy"].state_dict())
     final.eval()
+    p_value = task.trend.p_value()
+    kept = p_value is None or config.trend_p_value is None or p_value <= config.trend_p_value
+    if not kept:
+        logger.warning(
+            "the reward did not rise over the rollouts (p = %.2g for chance): the model is saved "
+            "as it was. The trained weights are in %s; trend_p_value none saves them",
+            *(p_value, result.checkpoint),
+        )
+        final.load_state_dict(began, strict=False)
     if processes.is_main():
         model.save(final, Path(config.output_dir) / "model")
     if report is not None:
-        report.finish(final, result)
-    return AlignResult(result, report)
+        report.finish(final, result, trend={"p_value": p_value, "kept": kept})
+    return AlignResult(result, report, kept)
 
 
 class _State:
@@ -190,6 +209,7 @@ class _Online:
                 f"a resumed run could not go on with; use a multiple of {self.steps}"
             )
         self.number, self.experience = -1, None
+        self.trend = RewardTrend()
 
     def conditions(self) -> list[str | int]:
         """Everything that rollouts may draw."""
@@ -229,6 +249,8 @@ class _Online:
             model_version=step,
         )
         metrics = rollout_metrics(rollout)
+        if not any(isinstance(reward, PairwiseReward) for reward in self.rewards):
+            self.trend.update(metrics["reward"])  # the mean of comparisons never moves
         with torch.no_grad():
             experience = self._kept(self.method.learn(rollout))
             experience = self._old_logps(experience, network)
@@ -283,6 +305,7 @@ class _Offline:
         self.pairs = read_pairs(config.pairs, num_classes=model.num_classes)
         self.size = len(self.pairs)
         self.resolution = model.resolution
+        self.trend = RewardTrend()  # given pairs have no rollouts
 
     def conditions(self) -> list[str | int]:
         """Those of all pairs."""

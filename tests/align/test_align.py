@@ -120,6 +120,39 @@ def test_a_toy_reward_is_learnt(
     assert rewards[-1] > 0.9
 
 
+def test_a_run_whose_reward_did_not_rise_leaves_the_model_as_it_was(
+    tmp_path: Path, model_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(images: Tensor, prompts: Sequence[int]) -> Tensor:
+        return torch.rand(len(images), generator=generator)
+
+    def run(folder: Path, reward: Any, **changes: Any) -> Any:
+        config = settings(
+            folder, model_folder, reward_funcs=(), max_train_steps=22, checkpointing_steps=None,
+            train_batch_size=16, gradient_accumulation_steps=1, **changes,
+        )  # fmt: skip
+        return align(config, rewards={"reward": reward}, progress=False)
+
+    before = read_tensors(model_folder / "transformer" / "model.safetensors")
+    result = run(tmp_path / "a", noise, num_eval_prompts=2, num_eval_images=2)
+    assert not result.kept
+    assert "the reward did not rise over the rollouts" in caplog.text
+    assert str(result.fit.checkpoint) in caplog.text
+    after = weights(tmp_path / "a")
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    trend = json.loads((tmp_path / "a" / "report.json").read_text())["reward_trend"]
+    assert trend["p_value"] > 0.01
+    assert not trend["kept"]
+    assert "the model was saved as it was" in (tmp_path / "a" / "report.md").read_text()
+    assert run(tmp_path / "b", noise, trend_p_value=None).kept
+    assert run(tmp_path / "c", brightness, learning_rate=1e-2).kept
+    for moved in ("b", "c"):
+        after = weights(tmp_path / moved)
+        assert not all(torch.equal(after[name], before[name]) for name in before)
+
+
 def test_a_random_reward_moves_nothing(tmp_path: Path, model_folder: Path) -> None:
     """Its expected gradient is zero: the mean brightness stays within 3 standard errors."""
     watched: list[Tensor] = []

@@ -28,6 +28,7 @@ from nextscale.align.rewards import (
     HeldOutMonitor,
     PairwiseReward,
     RewardOutput,
+    RewardTrend,
     as_reward,
     combine,
     normalized,
@@ -538,6 +539,28 @@ def test_normalized_rewards_keep_the_raw_value() -> None:
     assert columns.tolist() == [[0.5, 0], [1, 6.5]]
     assert extra["pickscore/raw"].tolist() == [13, 26]
     assert scaled.range == (0, 2)
+
+
+def test_a_trend_is_a_rise_beyond_chance() -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(100, 40, generator=generator).tolist()
+
+    def p_value(values: list[float]) -> float | None:
+        trend = RewardTrend()
+        for value in values:
+            trend.update(value)
+        copy = RewardTrend()
+        copy.load_state_dict(json.loads(json.dumps(trend.state_dict())))
+        assert copy.p_value() == trend.p_value()
+        return trend.p_value()
+
+    rising = [[0.1 * i + x for i, x in enumerate(row)] for row in noise]
+    falling = [[-0.1 * i + x for i, x in enumerate(row)] for row in noise]
+    assert max(map(p_value, rising)) < 0.01  # pyright: ignore[reportArgumentType]
+    assert min(map(p_value, falling)) > 0.99  # pyright: ignore[reportArgumentType]
+    assert sum(p_value(row) < 0.05 for row in noise) in range(1, 12)  # pyright: ignore
+    assert p_value([1.0] * 30) == 1
+    assert p_value([float(i) for i in range(19)] + [math.nan]) is None
 
 
 def test_the_monitor_stops_when_held_out_rewards_fall() -> None:

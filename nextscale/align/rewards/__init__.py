@@ -8,7 +8,7 @@ from nextscale.align.rewards.columns import (
     set_features,
     set_score,
 )
-from nextscale.align.rewards.composition import HeldOutMonitor, combine, normalized
+from nextscale.align.rewards.composition import HeldOutMonitor, RewardTrend, combine, normalized
 from nextscale.align.rewards.registry import REWARDS, open_reward
 from nextscale.align.rewards.reward import (
     PairwiseReward,
@@ -25,6 +25,7 @@ __all__ = [
     "PairwiseReward",
     "Reward",
     "RewardOutput",
+    "RewardTrend",
     "SetReward",
     "as_reward",
     "combine",

@@ -125,3 +125,44 @@ class HeldOutMonitor:
         """Continue from `state_dict`."""
         self._streak, self._train = int(state["streak"]), state["train"]
         self._held_out = dict(state["held_out"])
+
+
+class RewardTrend:
+    """Whether the reward rises from rollout to rollout, or only wanders.
+
+    The policy gradient of a reward that cannot be learnt is noise, which Adam turns into steps of
+    the usual size: the weights leave the base for nothing. The rule is ours: a straight line
+    through the rollouts' mean rewards, and the one-sided p-value of its slope.
+
+    Args:
+        least: Rollouts below which nothing is said.
+    """
+
+    def __init__(self, least: int = 20) -> None:
+        require("least", least, least > 2, "be above 2")
+        self.least = least
+        self._means: list[float] = []
+
+    def update(self, reward: float) -> None:
+        """Take the mean reward of a rollout; a NaN is left out."""
+        if not math.isnan(reward):
+            self._means.append(float(reward))
+
+    def p_value(self) -> float | None:
+        """Probability that chance makes such a rise; None: too few rollouts."""
+        from scipy.stats import linregress
+
+        if len(self._means) < self.least:
+            return None
+        if min(self._means) == max(self._means):
+            return 1.0
+        line: Any = linregress(range(len(self._means)), self._means, alternative="greater")
+        return float(line.pvalue)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, for JSON."""
+        return {"means": list(self._means)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        self._means = list(state["means"])
