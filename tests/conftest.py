@@ -24,6 +24,10 @@ from torch import Tensor, nn
 from nextscale.tokenizers import MultiscaleVQ, TokenizerConfig
 from nextscale.var import ClassConditioner, Conditioner, NextScaleTransformer, TransformerConfig
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # each of the two workers has a core, not both of them
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 # The same examples in every run, and no time limit for one of them: CI machines are slow and busy.
 settings.register_profile("nextscale", deadline=None, derandomize=True)
 settings.load_profile("nextscale")
