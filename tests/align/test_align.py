@@ -25,9 +25,9 @@ from nextscale.align.methods.grpo import GRPO, GRPOConfig
 from nextscale.align.policies.next_scale import NextScalePolicy
 from nextscale.align.prompts import Prompt, draw_prompts, open_prompts
 from nextscale.align.references import Given
-from nextscale.align.report import compare
 from nextscale.align.rewards import as_reward
-from nextscale.align.train import _hold_out
+from nextscale.align.tables import compare
+from nextscale.align.watcher import hold_out
 from nextscale.errors import UserError
 from nextscale.pipeline import NextScalePipeline
 from nextscale.storage import read_tensors
@@ -662,14 +662,14 @@ def test_labels_are_checked_before_the_first_step(
 
 def test_few_prompts_are_watched_and_trained() -> None:
     few = [Prompt(f"text {i}", {}) for i in range(10)]
-    watched, rest = _hold_out(few, 2)
+    watched, rest = hold_out(few, 2)
     assert rest == few
     many = [Prompt(f"text {i % 50}", {}) for i in range(100)]
-    watched, rest = _hold_out(many, 2)
+    watched, rest = hold_out(many, 2)
     assert not {p.condition for p in watched} & {p.condition for p in rest}
     assert len(rest) == 96
     classes = [Prompt(i, {}) for i in range(100)]
-    assert _hold_out(classes, 2)[1] == classes
+    assert hold_out(classes, 2)[1] == classes
 
 
 def test_a_pair_file_with_missing_pictures_names_them(tmp_path: Path, model_folder: Path) -> None:

@@ -1,0 +1,103 @@
+"""The report's figures: means before and after with their intervals, and the tables of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from scipy import stats
+from torch import Tensor
+
+
+def compare(
+    before: Float[Tensor, " n"], after: Float[Tensor, " n"], groups: Int[Tensor, " n"] | None
+) -> dict[str, Any]:
+    """Means with 95 % intervals, and their paired difference.
+
+    Pictures of one prompt depend on each other: intervals are Student's over means of prompts.
+
+    Args:
+        before: One value per picture; NaN on either side leaves the picture out.
+        after: Of the same prompts and seeds.
+        groups: Prompt of each picture; None: every value is one.
+
+    Returns:
+        "before", "after" and "difference", each with value and ci95; for values of 0 and 1 also
+        "mcnemar": pictures that only one side got right, and the exact two-sided p.
+    """
+    valid = ~(before.isnan() | after.isnan())
+    if not bool(valid.any()):
+        return {"before": None, "after": None, "difference": None, "n": 0}
+    before, after = before[valid].double(), after[valid].double()
+    groups = torch.arange(len(before)) if groups is None else groups[valid]
+    found: dict[str, Any] = {
+        "before": _interval(before, groups),
+        "after": _interval(after, groups),
+        "difference": _interval(after - before, groups),
+        "n": len(before),
+    }
+    binary = torch.cat([before, after])
+    if bool(((binary == 0) | (binary == 1)).all()):
+        gained, lost = int((after > before).sum()), int((after < before).sum())
+        p = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+        found["mcnemar"] = {"gained": gained, "lost": lost, "p": float(p)}
+    return found
+
+
+def _interval(values: Tensor, groups: Tensor) -> dict[str, Any]:
+    """Mean and 95 % interval over means of groups."""
+    numbers = groups.unique(return_inverse=True)[1]
+    sums = values.new_zeros(int(numbers.max()) + 1)
+    counts = sums.index_add(0, numbers, torch.ones_like(values))
+    means = sums.index_add(0, numbers, values) / counts
+    mean = float(values.mean())
+    if len(means) < 2:
+        return {"value": mean, "ci95": None}
+    half = float(stats.t.ppf(0.975, len(means) - 1) * means.std() / len(means) ** 0.5)
+    return {"value": mean, "ci95": [mean - half, mean + half]}
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The record as tables."""
+    lines = [
+        f"{record['method']} on {record['model']}: {record['steps']} steps, "
+        f"{record['minutes']} minutes; {record['images_per_prompt']} pictures per prompt.",
+    ]
+    if not record["reward_trend"]["kept"]:
+        lines += ["", "The reward did not rise over the rollouts: the model was saved as it was."]
+    for source, found in record["prompts"].items():
+        title = f"{source}, {found['num_prompts']} prompts"
+        lines += ["", f"| {title} | before | after | difference |", "|---|---|---|---|"]
+        lines += _rows(found)
+    steps = " ".join(f"{value:.3g}" for value in record["kl"]["per_step"])
+    lines += ["", f"KL from the base, nats per sample, by scale or step: {steps}."]
+    return "\n".join(lines) + "\n"
+
+
+def _rows(found: dict[str, Any]) -> list[str]:
+    rows, lines = dict(found["rewards"]), []
+    if "vendi_within_prompt" in found:
+        rows["Vendi score within prompt"] = found["vendi_within_prompt"]
+    for name, row in rows.items():
+        cells = [_cell(row[side]) for side in ("before", "after", "difference")]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+        if "mcnemar" in row:
+            test = row["mcnemar"]
+            cells = [f"lost {test['lost']}", f"gained {test['gained']}", f"p = {test['p']:.2g}"]
+            lines.append(f"| {name}: McNemar | {' | '.join(cells)} |")
+    for metric in ("fd_scenes", "fid"):
+        if metric in found:
+            sides = [found[metric][side] for side in ("before", "after")]
+            cells = [f"{s['value']:.3f} ± {s['se'] or 0:.3f}" for s in sides]
+            lines.append(f"| {metric} | {cells[0]} | {cells[1]} | |")
+    return lines
+
+
+def _cell(value: dict[str, Any] | None) -> str:
+    if value is None:
+        return "-"
+    if value["ci95"] is None:
+        return f"{value['value']:.4g}"
+    low, high = value["ci95"]
+    return f"{value['value']:.4g} ({low:.4g} to {high:.4g})"

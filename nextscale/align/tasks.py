@@ -1,0 +1,184 @@
+"""The data of the training loop: rollouts, or given pairs.
+
+The data are the current rollout: an epoch is a pass over its examples, and when `num_iterations` of
+them are done, the next rollout is drawn with the weights as they are then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from nextscale import processes
+from nextscale.align.config import AlignConfig
+from nextscale.align.experience import Experience, collect, rollout_metrics, sample_streams
+from nextscale.align.methods import Method
+from nextscale.align.methods.dpo import DPO
+from nextscale.align.models import AlignModel
+from nextscale.align.pairs import load_pairs, read_pairs
+from nextscale.align.prompts import Prompt, draw_prompts
+from nextscale.align.rewards import RewardTrend
+from nextscale.align.rewards.reward import AnyReward, PairwiseReward
+from nextscale.errors import UserError
+from nextscale.training import bare
+from nextscale.training.batches import global_batch_size
+from nextscale.training.session import resolve_precision
+
+
+class Online:
+    """Rollouts as the data of the loop."""
+
+    def __init__(
+        self,
+        config: AlignConfig,
+        model: AlignModel,
+        method: Method,
+        prompts: Sequence[Prompt],
+        rewards: Sequence[AnyReward],
+        weights: Sequence[float],
+    ) -> None:
+        self.config, self.model, self.method = config, model, method
+        self.prompts, self.rewards, self.weights = prompts, rewards, weights
+        self.each = method.items_per_group(config.num_generations)
+        self.groups = config.num_train_prompts or config.num_prompts
+        self.size = self.groups * self.each
+        batch = global_batch_size(config, processes.world_size())
+        if self.size % batch:
+            raise UserError(
+                f"a rollout gives {self.size} examples ({self.groups} groups of {self.each}), "
+                f"which {batch} per step (train_batch_size {config.train_batch_size} x "
+                f"gradient_accumulation_steps {config.gradient_accumulation_steps} x "
+                f"{processes.world_size()} processes) does not divide; choose divisors of "
+                f"{self.size}"
+            )
+        self.steps = config.num_iterations * self.size // batch
+        every = config.checkpointing_steps
+        if every is not None and every % self.steps:
+            raise UserError(
+                f"checkpointing_steps {every} lies within a rollout of {self.steps} steps, which "
+                f"a resumed run could not go on with; use a multiple of {self.steps}"
+            )
+        self.number, self.experience = -1, None
+        self.trend = RewardTrend()
+
+    def conditions(self) -> list[str | int]:
+        """Everything that rollouts may draw."""
+        return [prompt.condition for prompt in self.prompts]
+
+    def load_batch(self, indices: np.ndarray, step: int) -> Int[Tensor, " b"]:
+        """Examples of the rollout of this step."""
+        return torch.from_numpy(indices)
+
+    def losses(
+        self, modules: Mapping[str, nn.Module], batch: Tensor, step: int
+    ) -> Iterator[tuple[str, Tensor, Mapping[str, float | Tensor]]]:
+        """The method's loss of some examples; draws the rollout that they belong to."""
+        if self.number != step // self.steps:
+            self.number = step // self.steps
+            self.experience = None  # free the old one first
+            self.experience = self._draw(step, modules["policy"])
+        assert self.experience is not None
+        metrics = self.experience.metrics
+        parts = self.method.losses(self.experience, batch, step, modules["policy"])
+        for loss, values in parts:
+            yield "policy", loss, {**metrics, **values}
+            metrics = {}
+
+    def _draw(self, step: int, network: nn.Module) -> Experience:
+        config = self.config
+        prompts = draw_prompts(self.prompts, config.num_prompts, config.seed, self.number)
+        rollout = collect(
+            self.model.policy,
+            self.rewards,
+            prompts,
+            config.num_generations,
+            (config.seed, self.number),
+            weights=self.weights,
+            mode=config.reward_mode,
+            branch=self.method.branch(),
+            model_version=step,
+        )
+        metrics = rollout_metrics(rollout)
+        if not any(isinstance(reward, PairwiseReward) for reward in self.rewards):
+            self.trend.update(metrics["reward"])  # the mean of comparisons never moves
+        with torch.no_grad():
+            experience = self._kept(self.method.learn(rollout))
+            experience = self._old_logps(experience, network)
+        return replace(experience, metrics={**metrics, **experience.metrics})
+
+    def _kept(self, experience: Experience) -> Experience:
+        """The groups to train on: those with a signal first, then in the order of drawing."""
+        useful = experience.weights.view(-1, self.each).amax(1) > 0
+        order = torch.argsort(useful.logical_not().long(), stable=True)[: self.groups]
+        rows = (order[:, None] * self.each + torch.arange(self.each, device=order.device)).flatten()
+        shown = {"groups/useful": float(useful.float().mean())}
+        return replace(
+            experience,
+            items=experience.items[rows],
+            weights=experience.weights[rows],
+            metrics={**experience.metrics, **shown},
+        )
+
+    def _old_logps(self, experience: Experience, network: nn.Module) -> Experience:
+        """Log-probabilities of the rollout as training computes them.
+
+        Sampling with a cache and judging in one pass round differently, in bfloat16 by percents:
+        the first ratio would not be 1.
+        """
+        wanted = self.config.recompute_old_logps
+        known = "old_logps" in experience.columns and experience.recompute
+        if not known or wanted is False:
+            return experience
+        if wanted is None and resolve_precision(self.config.mixed_precision) == "no":
+            return experience
+        columns = dict(experience.columns)
+        if self.steps == 1:  # the first judgement is the only one
+            del columns["old_logps"]
+            return replace(experience, columns=columns)
+        trajectory, size = experience.rollout.trajectory, self.config.train_batch_size
+        parts = []
+        with torch.enable_grad():  # the same kernels as in training
+            for start in range(0, len(trajectory), size):
+                part = trajectory.index(slice(start, start + size))
+                judged = self.model.policy.evaluate(part, network=bare(network))
+                parts.append(judged.logp.detach())
+        columns["old_logps"] = torch.cat(parts)
+        return replace(experience, columns=columns)
+
+
+class Offline:
+    """Given pairs as the data of the loop."""
+
+    def __init__(self, config: AlignConfig, model: AlignModel, method: DPO) -> None:
+        assert config.pairs is not None
+        self.config, self.model, self.method = config, model, method
+        self.pairs = read_pairs(config.pairs, num_classes=model.num_classes)
+        self.size = len(self.pairs)
+        self.resolution = model.resolution
+        self.trend = RewardTrend()  # given pairs have no rollouts
+
+    def conditions(self) -> list[str | int]:
+        """Those of all pairs."""
+        return [pair.condition for pair in self.pairs]
+
+    def load_batch(self, indices: np.ndarray, step: int) -> dict[str, Any]:
+        """Pictures and conditions of some pairs."""
+        return load_pairs(self.pairs, indices, self.resolution)
+
+    def losses(
+        self, modules: Mapping[str, nn.Module], batch: dict[str, Any], step: int
+    ) -> Iterator[tuple[str, Tensor, Mapping[str, float | Tensor]]]:
+        """The preference loss of some pairs."""
+        policy = self.model.policy
+        conditions = policy.encode([*batch["conditions"], *batch["conditions"]])
+        trajectory = policy.trajectory_of(batch["images"], conditions)
+        rows = batch["rows"].tolist() * 2
+        generators = sample_streams((self.config.seed, step), rows)
+        loss, metrics = self.method.pair_loss(trajectory, generators, modules["policy"])
+        yield "policy", loss, metrics
