@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nextscale.errors import UserError
+from nextscale.training.kernels import trained_attention
 
 Block = dict[str, Tensor]
 """Network arguments with one row per sample, such as the embeddings of the prompts, by name."""
@@ -115,7 +116,8 @@ class CallPlan:
             size = len(group)
             arguments[self.sample_name] = torch.cat([latents.to(dtype)] * size)
             arguments["timestep"] = times.to(latents.device).repeat(size)
-            output = network(**unflatten(arguments), return_dict=False)[0]
+            with trained_attention(latents.device):
+                output = network(**unflatten(arguments), return_dict=False)[0]
             outputs += _without_variance(output.float(), latents.shape[1]).chunk(size)
         return outputs
 
