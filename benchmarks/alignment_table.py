@@ -25,31 +25,21 @@ import torch
 from sampling import _cpu_name
 
 SAMPLES = 192  # of a rollout, of every method
-ROWS: dict[str, list[str]] = {
-    "GRPO": ["--config", "grpo-scenes", "--grpo.scale_weight", "scale"],
-    "DPO": ["--config", "dpo-scenes", "--num_prompts", "24", "--train_batch_size", "8"]
-    + ["--gradient_accumulation_steps", "3"],
-    "RAFT": ["--config", "raft-scenes", "--num_prompts", "24", "--train_batch_size", "8"]
-    + ["--gradient_accumulation_steps", "3"],
-    "FIND": ["--config", "find-scenes"],
-    "B2-DiffuRL": ["--config", "b2-scenes"],
-    "DRAGON": ["--config", "dragon-scenes", "--reward_funcs", "checker", "checker_statements"]
-    + ["--reward_weights", "1", "1"],
-}
-RATES = {
-    "GRPO": 2.5e-5,
-    "DPO": 2e-5,
-    "RAFT": 2e-5,
-    "FIND": 1e-3,
-    "B2-DiffuRL": 2e-5,
-    "DRAGON": 2e-5,
+PAIRS = "--num_prompts 24 --train_batch_size 8 --gradient_accumulation_steps 3"
+CHECKER = "--reward_funcs checker checker_statements --reward_weights 1 1"
+ROWS = {
+    "GRPO": "--config grpo-scenes --learning_rate 2.5e-5",
+    "DPO": f"--config dpo-scenes --learning_rate 2e-5 {PAIRS}",
+    "RAFT": f"--config raft-scenes --learning_rate 2e-5 {PAIRS}",
+    "FIND": "--config find-scenes --learning_rate 1e-3",
+    "B2-DiffuRL": "--config b2-scenes --learning_rate 2e-5",
+    "DRAGON": f"--config dragon-scenes --learning_rate 2e-5 {CHECKER}",
 }
 
 
 def flags_of(name: str, seed: int, options: argparse.Namespace) -> list[str]:
     """The command behind `nextscale align`."""
     shared: dict[str, Any] = {
-        "learning_rate": RATES[name],
         "lr_scheduler": "constant",
         "lr_warmup_steps": 5,
         "max_train_steps": options.rollouts,
@@ -60,7 +50,7 @@ def flags_of(name: str, seed: int, options: argparse.Namespace) -> list[str]:
         "seed": seed,
     }
     flags = [part for key, value in shared.items() for part in (f"--{key}", str(value))]
-    return [*ROWS[name], *flags]
+    return [*ROWS[name].split(), *flags]
 
 
 def run(folder: Path, flags: list[str]) -> None:
