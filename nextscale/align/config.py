@@ -66,9 +66,10 @@ class AlignConfig(TrainingConfig):
     held_out_patience: int = 3
     """Validations in a row after which it stops."""
     trend_p_value: float | None = 0.01
-    """Save the model as it was if the reward did not rise: if chance makes such a rise over the
-    rollouts' means with a higher probability than this (one-sided, 20 rollouts or more). The
-    trained weights stay in the checkpoints. None: save them in any case."""
+    """Save the model as it was if the reward did not rise: if chance makes such a rise from the
+    first fifth of the rollouts to the last half with a higher probability than this (one-sided
+    t-test, 20 rollouts or more). The trained weights stay in the checkpoints. None: save them in
+    any case."""
 
     num_prompts: int = 16
     """Prompts per rollout, over all processes."""

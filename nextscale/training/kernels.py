@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
-def trained_attention(device: torch.device) -> contextlib.AbstractContextManager[None]:
+def trained_attention(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """For the forward pass of what is trained: attention by plain products on the CPU.
 
     The backward pass of torch's fused kernel takes twice as long there in bfloat16. Where no

@@ -559,6 +559,8 @@ def test_a_trend_is_a_rise_beyond_chance() -> None:
     assert max(map(p_value, rising)) < 0.01  # pyright: ignore[reportArgumentType]
     assert min(map(p_value, falling)) > 0.99  # pyright: ignore[reportArgumentType]
     assert sum(p_value(row) < 0.05 for row in noise) in range(1, 12)  # pyright: ignore
+    early = [[4.0 * (i > 5) + x for i, x in enumerate(row)] for row in noise]
+    assert max(map(p_value, early)) < 0.01  # pyright: ignore[reportArgumentType]
     assert p_value([1.0] * 30) == 1
     assert p_value([float(i) for i in range(19)] + [math.nan]) is None
 

@@ -139,7 +139,7 @@ class RewardTrend:
     """
 
     def __init__(self, least: int = 20) -> None:
-        require("least", least, least > 2, "be above 2")
+        require("least", least, least >= 10, "be 10 or more")
         self.least = least
         self._means: list[float] = []
 
@@ -150,14 +150,15 @@ class RewardTrend:
 
     def p_value(self) -> float | None:
         """Probability that chance makes such a rise; None: too few rollouts."""
-        from scipy.stats import linregress
+        from scipy.stats import ttest_ind
 
-        if len(self._means) < self.least:
+        count = len(self._means)
+        if count < self.least:
             return None
         if min(self._means) == max(self._means):
             return 1.0
-        line: Any = linregress(range(len(self._means)), self._means, alternative="greater")
-        return float(line.pvalue)
+        first, last = self._means[: count // 5], self._means[count // 2 :]
+        return float(ttest_ind(last, first, alternative="greater").pvalue)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, for JSON."""
