@@ -131,8 +131,9 @@ class RewardTrend:
     """Whether the reward rises from rollout to rollout, or only wanders.
 
     The policy gradient of a reward that cannot be learnt is noise, which Adam turns into steps of
-    the usual size: the weights leave the base for nothing. The rule is ours: a straight line
-    through the rollouts' mean rewards, and the one-sided p-value of its slope.
+    the usual size: the weights leave the base for nothing. The rule is ours: Student's t-test,
+    one-sided, of the means of the last half of the rollouts against those of the first fifth. (A
+    straight line through all of them misses a rise that is over early.)
 
     Args:
         least: Rollouts below which nothing is said.
