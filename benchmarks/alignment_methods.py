@@ -69,6 +69,7 @@ def run(folder: Path, changes: dict[str, Any], options: argparse.Namespace) -> N
         "seed": options.seed,
         "validation_steps": None,
         "checkpointing_steps": None,
+        "trend_p_value": None,
         "eval_prompts": ["benchmark:hard"],
         "num_eval_prompts": 500,
         "num_eval_images": 2,

@@ -32,7 +32,7 @@ ROWS = {
     "DPO": f"--config dpo-scenes --learning_rate 2e-5 {PAIRS}",
     "RAFT": f"--config raft-scenes --learning_rate 2e-5 {PAIRS}",
     "FIND": "--config find-scenes --learning_rate 1e-3",
-    "B2-DiffuRL": "--config b2-scenes --learning_rate 2e-5",
+    "B2-DiffuRL": f"--config b2-scenes --learning_rate 2e-5 --b2.stage_rollouts 6 {CHECKER}",
     "DRAGON": f"--config dragon-scenes --learning_rate 2e-5 {CHECKER}",
 }
 
@@ -40,6 +40,7 @@ ROWS = {
 def flags_of(name: str, seed: int, options: argparse.Namespace) -> list[str]:
     """The command behind `nextscale align`."""
     shared: dict[str, Any] = {
+        "trend_p_value": "none",  # a row shows what came out, whatever it is
         "lr_scheduler": "constant",
         "lr_warmup_steps": 5,
         "max_train_steps": options.rollouts,
@@ -54,8 +55,9 @@ def flags_of(name: str, seed: int, options: argparse.Namespace) -> list[str]:
 
 
 def run(folder: Path, flags: list[str]) -> None:
-    """One run, its log and its peak memory in its folder."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """One run, its log and, once it is whole, its peak memory in its folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     first = next(folder.parent.glob("*/before.safetensors"), None)
     if first is not None and not (folder / first.name).exists():  # the base draws the same again
         shutil.copy(first, folder)
@@ -104,14 +106,16 @@ def main() -> None:
     parser.add_argument("--output_dir", default="runs/alignment_table")
     parser.add_argument("--output", default="benchmarks/results/alignment_table.json")
     options = parser.parse_args()
-    table: dict[str, Any] = {}
+    output = Path(options.output)
+    table: dict[str, Any] = json.loads(output.read_text())["rows"] if output.is_file() else {}
     for seed in options.seeds:
         for name in options.rows:
             folder = Path(options.output_dir, f"{name.lower()}_{seed}")
             flags = flags_of(name, seed, options)
-            if not (folder / "report.json").is_file():
+            if not (folder / "peak_memory_kb").is_file():
                 run(folder, flags)
-            row = table.setdefault(name, {"command": f"nextscale align {' '.join(flags)}"})
+            row = table.setdefault(name, {})
+            row["command"] = f"nextscale align {' '.join(flags)}"
             row.setdefault("runs", {})[str(seed)] = read(folder)
             row["summary"] = summary(list(row["runs"].values()))
             print(name, seed, json.dumps(row["runs"][str(seed)]), flush=True)
@@ -124,7 +128,7 @@ def main() -> None:
                 "versions": {"torch": version("torch")},
                 "rows": table,
             }
-            Path(options.output).write_text(json.dumps(result, indent=1) + "\n")
+            output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

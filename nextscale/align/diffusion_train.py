@@ -265,7 +265,7 @@ def _velocity_loss(network: nn.Module, scheduler: Any, clean: Tensor, tokens: Te
     noise = torch.randn(clean.shape).to(clean)
     noisy = scheduler.add_noise(clean, noise, timesteps)
     target = scheduler.get_velocity(clean, noise, timesteps)
-    with trained_attention(clean.device):
+    with trained_attention(clean.device, network):
         return F.mse_loss(network(noisy, timesteps, tokens).float(), target)
 
 

@@ -39,6 +39,7 @@ class Rollout:
             sample contributes.
         weights: [K], of the rewards.
         total: [B], the rewards as one.
+        mode: How: sum, or as `combine` takes it.
         scored_by: [K], the rewards.
         features: Of set rewards, [B, d] by name.
         extra: Further columns of the rewards, for the log.
@@ -51,6 +52,7 @@ class Rollout:
     rewards: Float[Tensor, "b k"]
     weights: tuple[float, ...]
     total: Float[Tensor, " b"]
+    mode: str
     scored_by: tuple[AnyReward, ...]
     features: dict[str, Float[Tensor, "b d"]]
     extra: dict[str, Tensor]
@@ -143,6 +145,7 @@ def collect(
         rewards=values,
         weights=factors,
         total=combine(values, factors, mode),
+        mode=mode,
         scored_by=tuple(rewards),
         features=features,
         extra=shown,
@@ -167,9 +170,9 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
     total = rollout.total
     stds = group_moments(total, rollout.groups, ddof=1)[1]
     metrics["reward"] = float(total.nanmean())
-    if any(isinstance(reward, SetReward) for reward in rollout.scored_by):
-        named = zip(rollout.weights, rollout.scored_by, strict=True)
-        metrics["reward"] = sum(w * metrics[f"rewards/{r.name}/mean"] for w, r in named)
+    counted = [(w, r) for w, r in zip(rollout.weights, rollout.scored_by, strict=True) if w]
+    if rollout.mode == "sum" and any(isinstance(reward, SetReward) for _, reward in counted):
+        metrics["reward"] = sum(w * metrics[f"rewards/{r.name}/mean"] for w, r in counted)
     metrics["reward_std"] = float(stds.mean())
     metrics["frac_reward_zero_std"] = float((stds == 0).float().mean())
     return metrics

@@ -105,7 +105,8 @@ class Online:
             model_version=step,
         )
         metrics = rollout_metrics(rollout)
-        if not any(isinstance(reward, PairwiseReward) for reward in self.rewards):
+        counted = [r for w, r in zip(self.weights, self.rewards, strict=True) if w]
+        if not any(isinstance(reward, PairwiseReward) for reward in counted):
             self.trend.update(metrics["reward"])  # the mean of comparisons never moves
         with torch.no_grad():
             experience = self._kept(self.method.learn(rollout))

@@ -42,11 +42,13 @@ class AlignResult:
         fit: The result of the loop.
         report: What was measured before and after; None if it was switched off.
         kept: False if the reward did not rise, and the model was saved as it was.
+        p_value: Of chance making such a rise; None: fewer than 20 rollouts, or not measured.
     """
 
     fit: FitResult
     report: Report | None
     kept: bool
+    p_value: float | None
 
 
 def align(
@@ -108,8 +110,10 @@ def _align(
     if config.num_eval_prompts:
         report = make_report(config, model, train_rewards, held_out, progress=progress)
     watcher.before()
-    trained = [(n, p) for n, p in model.policy.network.named_parameters() if p.requires_grad]
-    began = {name: parameter.detach().cpu().clone() for name, parameter in trained}
+    began = {}
+    if config.trend_p_value is not None and config.pairs is None:
+        named_parameters = model.policy.network.named_parameters()
+        began = {n: p.detach().cpu().clone() for n, p in named_parameters if p.requires_grad}
     try:
         result = fit(
             config,
@@ -136,7 +140,7 @@ def _align(
     p_value = task.trend.p_value()
     kept = p_value is None or config.trend_p_value is None or p_value <= config.trend_p_value
     if not kept:
-        logger.warning(
+        logger.error(  # not only a warning: --quiet must not hide it
             "the reward did not rise over the rollouts (p = %.2g for chance): the model is saved "
             "as it was. The trained weights are in %s; trend_p_value none saves them",
             *(p_value, result.checkpoint),
@@ -146,7 +150,7 @@ def _align(
         model.save(final, Path(config.output_dir) / "model")
     if report is not None:
         report.finish(final, result, trend={"p_value": p_value, "kept": kept})
-    return AlignResult(result, report, kept)
+    return AlignResult(result, report, kept, p_value)
 
 
 class _State:
@@ -160,7 +164,8 @@ class _State:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, part in self.parts.items():
-            part.load_state_dict(state[name])
+            if name in state:  # else the checkpoint is older than the part
+                part.load_state_dict(state[name])
 
 
 def _open_rewards(

@@ -39,7 +39,9 @@ def run(command: str, arguments: list[str]) -> int:
         return 0
     record = result.report.record if result.report is not None else {}
     if output.json:
-        output.figures({"output_dir": config.output_dir, "steps": result.fit.steps, **record})
+        trend = {"p_value": result.p_value, "kept": result.kept}
+        told = {"output_dir": config.output_dir, "steps": result.fit.steps, "reward_trend": trend}
+        output.figures({**told, **record})
     elif not output.quiet:
         rows = [
             (source, name, *(number(side["value"]) for side in (row["before"], row["after"])))
@@ -51,7 +53,8 @@ def run(command: str, arguments: list[str]) -> int:
             table(("prompts", "reward", "before", "after"), rows)
         minutes = result.fit.seconds / 60
         output.say(
-            f"{result.fit.steps} steps in {minutes:.1f} minutes; model, report.md and samples in "
+            f"{result.fit.steps} steps in {minutes:.1f} minutes; "
+            f"{'model' if result.kept else 'the model as it was'}, report.md and samples in "
             f"{config.output_dir}"
         )
     return 0

@@ -153,7 +153,7 @@ def train_clip(config: ClipTrainingConfig, *, progress: bool = True) -> FitResul
         modules: Mapping[str, nn.Module], batch: dict[str, Tensor], step: int
     ) -> Iterator[tuple[str, Tensor, Mapping[str, float | Tensor]]]:
         count = len(batch["images"])
-        with trained_attention(batch["texts"].device):
+        with trained_attention(batch["texts"].device, modules["model"]):
             both = modules["model"](to_float(batch["images"]), batch["texts"])
         images, vectors, scale, places = both
         negatives = vectors[count:].unflatten(0, (count, -1)) if len(vectors) > count else None

@@ -6,15 +6,20 @@ import contextlib
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
-def trained_attention(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def trained_attention(
+    device: torch.device, network: nn.Module
+) -> contextlib.AbstractContextManager[Any]:
     """For the forward pass of what is trained: attention by plain products on the CPU.
 
-    The backward pass of torch's fused kernel takes twice as long there in bfloat16. Where no
-    gradient is wanted the fused kernel stays.
+    The backward pass of torch's fused kernel takes twice as long there in bfloat16. A reference
+    that is compared with the network belongs under it too, so that both round alike. With gradient
+    checkpointing nothing is chosen: the pass would be repeated outside of this context.
     """
-    if device.type == "cpu" and torch.is_grad_enabled():
+    repeated = any(getattr(m, "gradient_checkpointing", False) for m in network.modules())
+    if device.type == "cpu" and not repeated:
         return sdpa_kernel(SDPBackend.MATH)
     return contextlib.nullcontext()

@@ -223,6 +223,19 @@ def test_a_resumed_run_is_the_unbroken_one(tmp_path: Path, model_folder: Path, m
     assert whole_log[-2:] == [[line.get(k) for k in keys] for line in log(tmp_path / "part")][-2:]
 
 
+def test_a_resumed_run_judges_all_its_rollouts(tmp_path: Path, model_folder: Path) -> None:
+    changes: dict[str, Any] = {
+        "num_prompts": 2, "num_generations": 2, "train_batch_size": 4,
+        "gradient_accumulation_steps": 1, "max_train_steps": 20, "checkpointing_steps": 10,
+    }  # fmt: skip
+    whole = align(settings(tmp_path / "whole", model_folder, **changes), progress=False)
+    part = settings(tmp_path / "part", model_folder, **changes)
+    assert align(replace(part, max_train_steps=10), progress=False).p_value is None
+    resumed = align(replace(part, resume_from_checkpoint="latest"), progress=False)
+    assert whole.p_value is not None
+    assert resumed.p_value == whole.p_value
+
+
 @pytest.mark.parametrize("credit", ["trajectory", "vmr"])
 def test_two_processes_are_one(tmp_path: Path, model_folder: Path, credit: Any) -> None:
     """Rollouts with and without branches, and the report."""

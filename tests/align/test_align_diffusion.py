@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -85,6 +86,34 @@ def test_every_method_trains_a_pipeline_that_diffusers_opens(
     for part in ("vae", "text_encoder"):
         for name, tensor in getattr(tuned, part).state_dict().items():
             assert torch.equal(tensor, getattr(base, part).state_dict()[name])
+
+
+def test_in_half_precision_the_policy_starts_as_its_reference(
+    tmp_path: Path, pipeline_folder: Path
+) -> None:
+    """Policy and reference must take the same kernels: beta multiplies what they differ by."""
+    config = settings(
+        tmp_path / "run", pipeline_folder, method="dpo", mixed_precision="bf16", num_prompts=4,
+        train_batch_size=4, gradient_accumulation_steps=1, max_train_steps=1,
+    )  # fmt: skip
+    align(config, progress=False)
+    (line,) = log(tmp_path / "run")
+    assert line["loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+@pytest.mark.parametrize("method", ["grpo", "dpo"])
+def test_gradient_checkpointing_changes_nothing(
+    tmp_path: Path, pipeline_folder: Path, method: str
+) -> None:
+    small = {"train_batch_size": 1} if method != "grpo" else {}
+    for name, on in (("plain", False), ("less", True)):
+        config = settings(
+            tmp_path / name, pipeline_folder, method=method, gradient_checkpointing=on, **small
+        )
+        align(config, progress=False)
+    plain, less = (log(tmp_path / name) for name in ("plain", "less"))
+    for one, other in zip(plain, less, strict=True):
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
 
 
 @pytest.fixture(scope="module")

@@ -152,9 +152,11 @@ def test_a_run_killed_in_either_stage_resumes_to_the_same_weights(
             [line["loss"] for line in log(tmp_path / name / part) if "loss" in line]
             for name in ("one", "two")
         )
-        assert one == pytest.approx(two, rel=1e-4)
+        # The same data and noise: others change a loss by a tenth. Rounding, which depends on where
+        # memory lies, changes it by 1e-4; that nothing else does is tested in tests/training.
+        assert one == pytest.approx(two, rel=1e-3)
     one, two = ({k: v for k, v in w.items() if k[:3] == "vae"} for w in map(trained_weights, runs))
-    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-3)
 
 
 def test_both_stages_learn(tmp_path: Path) -> None:

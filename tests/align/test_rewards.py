@@ -562,6 +562,8 @@ def test_a_trend_is_a_rise_beyond_chance() -> None:
     early = [[4.0 * (i > 5) + x for i, x in enumerate(row)] for row in noise]
     assert max(map(p_value, early)) < 0.01  # pyright: ignore[reportArgumentType]
     assert p_value([1.0] * 30) == 1
+    assert p_value([1.0] * 4 + [0.5] + [1.0] * 15) == 1
+    assert p_value([0.0] * 10 + [1.0] * 10) == 0
     assert p_value([float(i) for i in range(19)] + [math.nan]) is None
 
 

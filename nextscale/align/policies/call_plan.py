@@ -116,7 +116,8 @@ class CallPlan:
             size = len(group)
             arguments[self.sample_name] = torch.cat([latents.to(dtype)] * size)
             arguments["timestep"] = times.to(latents.device).repeat(size)
-            with trained_attention(latents.device):
+            # Draws, judgements and references alike: they are compared with each other.
+            with trained_attention(latents.device, network):
                 output = network(**unflatten(arguments), return_dict=False)[0]
             outputs += _without_variance(output.float(), latents.shape[1]).chunk(size)
         return outputs

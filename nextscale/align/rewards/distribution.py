@@ -183,21 +183,27 @@ def frechet_reward(reference: str, network: SmallFeatures | ClipFeatures) -> Fre
                 f"metric fd_{tap}"
             )
         check_same(statistics, network.fingerprint())
+        if statistics.count is not None:
+            _check_count(reference, statistics.count, network.taps[tap])
         mean, covariance = statistics.values[tap]
         return FrechetReward(features_by(network), mean, covariance)
     moments = _moments(reference, network, tap)
-    if moments.count < 2:
+    _check_count(reference, moments.count, network.taps[tap])
+    return FrechetReward(features_by(network), moments.mean, moments.covariance)
+
+
+def _check_count(reference: str, count: int, features: int) -> None:
+    if count < 2:
         raise UserError(
             f"{reference} holds one exemplar, which has no spread to compare with. Give two or "
             "more, better some hundred"
         )
-    if moments.count <= network.taps[tap]:
+    if count <= features:
         logger.warning(
             "%s holds %d exemplars, fewer than the %d features: their covariance is not of full "
             "rank, and the distance is far above its value for many exemplars",
-            *(reference, moments.count, network.taps[tap]),
+            *(reference, count, features),
         )
-    return FrechetReward(features_by(network), moments.mean, moments.covariance)
 
 
 def features_by(network: SmallFeatures | ClipFeatures) -> FeatureFunction:
@@ -217,6 +223,8 @@ def _moments(reference: str, network: SmallFeatures | ClipFeatures, tap: str) ->
         return extract(images, network, moments=[tap]).moments(tap)
     if not Path(reference).exists():
         kinds = "a folder or file of pictures, an .npz of eval stats, scenes or scenes-all"
+        if isinstance(network, ClipFeatures):
+            kinds += ", or a .txt with one text per line"
         raise UserError(f"there are no exemplars {reference}. Give {kinds}")
     if Path(reference).suffix == ".txt":
         if isinstance(network, SmallFeatures):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -159,8 +160,10 @@ def _frechet_clip(argument: str | None, opening: Opening) -> AnyReward:
     from nextscale.eval.clip import BUNDLED, ClipFeatures, open_clip_model
 
     what = _needed("frechet_clip", argument, "exemplars, such as texts.txt")
-    exemplars, _, model = what.partition("@")
-    clip = open_clip_model(model or BUNDLED, device=opening.device, download=opening.download)
+    exemplars, model = what, BUNDLED
+    if "@" in what and not Path(what).exists():
+        exemplars, _, model = what.rpartition("@")
+    clip = open_clip_model(model, device=opening.device, download=opening.download)
     reward = frechet_reward(exemplars, ClipFeatures(clip, ["clip"]))
     reward.name = "frechet_clip"
     return reward
