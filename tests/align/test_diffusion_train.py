@@ -124,8 +124,11 @@ def test_a_run_killed_in_either_stage_resumes_to_the_same_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     runs = [tmp_path / "one", tmp_path / "two"]
-    steps = {"autoencoder_steps": 4, "max_train_steps": 4}
+    steps: dict[str, Any] = {"autoencoder_steps": 4, "max_train_steps": 4}
     steps |= {"validation_steps": 2, "checkpointing_steps": 2}
+    # Rounding depends on where memory lies, and Adam makes whole steps of it where a gradient is
+    # nearly 0: losses of two unbroken runs differ by 1.2e-4, and by 3e-5 with this epsilon.
+    steps |= {"adam_epsilon": 1e-2}
     train_diffusion(configuration(tmp_path / "one", **steps), progress=False)
 
     def killed(*_: Any, **__: Any) -> None:
@@ -152,11 +155,9 @@ def test_a_run_killed_in_either_stage_resumes_to_the_same_weights(
             [line["loss"] for line in log(tmp_path / name / part) if "loss" in line]
             for name in ("one", "two")
         )
-        # The same data and noise: others change a loss by a tenth. Rounding, which depends on where
-        # memory lies, changes it by 1e-4; that nothing else does is tested in tests/training.
-        assert one == pytest.approx(two, rel=1e-3)
+        assert one == pytest.approx(two, rel=1e-4)
     one, two = ({k: v for k, v in w.items() if k[:3] == "vae"} for w in map(trained_weights, runs))
-    torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
 
 
 def test_both_stages_learn(tmp_path: Path) -> None:

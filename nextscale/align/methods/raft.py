@@ -45,8 +45,7 @@ class RAFT:
     """-log pi of the best samples: exact, or the noised surrogate of diffusion.
 
     Differs from the paper: groups whose rewards are all equal are left out, and the likelihood of
-    next-scale models is that of the guided policy. Without guidance in the likelihood the bundled
-    model lost two thirds of its accuracy in 30 rollouts drawn with guidance 3.
+    next-scale models is that of the guided policy.
 
     Args:
         settings: See there.
