@@ -59,7 +59,7 @@ def run(folder: Path, flags: list[str]) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     first = next(folder.parent.glob("*/before.safetensors"), None)
-    if first is not None and not (folder / first.name).exists():  # the base draws the same again
+    if first is not None:  # the base draws the same again
         shutil.copy(first, folder)
     command = [sys.executable, "-m", "nextscale", "align", *flags, "--output_dir", str(folder)]
     with (folder / "run.log").open("w") as log:
@@ -81,7 +81,7 @@ def read(folder: Path) -> dict[str, Any]:
             found[f"{name}/vendi/{side}"] = part["vendi_within_prompt"][side]["value"]
             found[f"{name}/fd_scenes/{side}"] = part["fd_scenes"][side]["value"]
         found[f"{name}/accuracy/ci95"] = part["rewards"]["checker"]["difference"]["ci95"]
-    found["kl"], found["kept"] = record["kl"]["total"], record["reward_trend"]["kept"]
+    found["kl"] = record["kl"]["total"]
     found["minutes"] = record["minutes"]
     found["peak_memory_mb"] = int((folder / "peak_memory_kb").read_text()) // 1024
     return found
@@ -89,7 +89,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, str]:
     """Mean and standard deviation over seeds."""
-    numbers = [k for k, v in runs[0].items() if isinstance(v, int | float) and k != "kept"]
+    numbers = [k for k, v in runs[0].items() if isinstance(v, int | float)]
     columns = {k: [run[k] for run in runs] for k in numbers}
     return {
         k: f"{statistics.mean(v):.4g}" + (f" ± {statistics.stdev(v):.2g}" if len(v) > 1 else "")

@@ -160,7 +160,9 @@ def instance_frechet_reward(reward: FrechetReward) -> CheckedReward:
     return as_reward(distance, "frechet_instance", range=bounds, needs_prompt=False)
 
 
-def frechet_reward(reference: str, network: SmallFeatures | ClipFeatures) -> FrechetReward:
+def frechet_reward(
+    reference: str, network: SmallFeatures | ClipFeatures, name: str = "frechet"
+) -> FrechetReward:
     """The Fréchet reward of a set of exemplars; every process of a run must call it.
 
     Args:
@@ -168,6 +170,7 @@ def frechet_reward(reference: str, network: SmallFeatures | ClipFeatures) -> Fre
             scenes or scenes-all (2000 pictures of its validation part). With CLIP also a .txt with
             one text per line: DRAGON's exemplars of another modality.
         network: Gives the features.
+        name: What to call it.
 
     Raises:
         UserError: If there is no such reference, it was made with another network, or it holds
@@ -186,10 +189,10 @@ def frechet_reward(reference: str, network: SmallFeatures | ClipFeatures) -> Fre
         if statistics.count is not None:
             _check_count(reference, statistics.count, network.taps[tap])
         mean, covariance = statistics.values[tap]
-        return FrechetReward(features_by(network), mean, covariance)
+        return FrechetReward(features_by(network), mean, covariance, name)
     moments = _moments(reference, network, tap)
     _check_count(reference, moments.count, network.taps[tap])
-    return FrechetReward(features_by(network), moments.mean, moments.covariance)
+    return FrechetReward(features_by(network), moments.mean, moments.covariance, name)
 
 
 def _check_count(reference: str, count: int, features: int) -> None:

@@ -164,9 +164,7 @@ def _frechet_clip(argument: str | None, opening: Opening) -> AnyReward:
     if "@" in what and not Path(what).exists():
         exemplars, _, model = what.rpartition("@")
     clip = open_clip_model(model, device=opening.device, download=opening.download)
-    reward = frechet_reward(exemplars, ClipFeatures(clip, ["clip"]))
-    reward.name = "frechet_clip"
-    return reward
+    return frechet_reward(exemplars, ClipFeatures(clip, ["clip"]), "frechet_clip")
 
 
 def _vendi(argument: str | None, opening: Opening) -> AnyReward:
