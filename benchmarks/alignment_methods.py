@@ -3,9 +3,10 @@
     python benchmarks/alignment_methods.py
 
 Every row is the shipped recipe `grpo-scenes`, shortened to --steps rollouts of 192 pictures at a
-constant learning rate, and measured on 500 `hard` captions, 2 pictures each, before and after with
-equal seeds. A run that is in --output_dir already is read, not run: an interrupted series goes on,
-and `--rows NAME ...` runs some of them.
+constant learning rate, and measured twice: by its own rollouts, whose captions are the same in
+every row, and on `hard` captions, 2 pictures each, before and after with equal seeds and the
+model's own settings. A run that is in --output_dir already is read, not run: an interrupted series
+goes on, and `--rows NAME ...` runs some of them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from sampling import _cpu_name
 from torch import Tensor
 
+from nextscale import processes
 from nextscale.align import AlignConfig, align
 from nextscale.align.methods.dpo import DPOConfig
 from nextscale.align.methods.grpo import GRPOConfig
@@ -32,8 +34,8 @@ from nextscale.data.images import to_uint8
 from nextscale.pipeline import NextScalePipeline
 
 VMR = {"credit": "vmr", "vmr_scale": 3, "vmr_samples": 2}  # of 6 scales: halves
-PAIRS = {"train_batch_size": 8, "gradient_accumulation_steps": 2}
-BEST = {"train_batch_size": 16, "gradient_accumulation_steps": 1}
+PAIRS = {"scale_weight": "scale", "score": "policy", "pairs_per_group": 4}
+BEST = {"scale_weight": "scale", "top_k": 4}
 ROWS: dict[str, dict[str, Any]] = {
     "GRPO, no remedy": {"grpo": {"scale_weight": "token"}},
     "GRPO, each scale one action": {"grpo": {"scale_weight": "scale"}},
@@ -44,8 +46,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "GRPO, all three": {
         "grpo": {"scale_weight": "scale", **VMR}, "num_generations": 4, "mask": True
     },
-    "DPO": {"method": "dpo", "dpo": {"scale_weight": "scale"}, **PAIRS},
-    "RAFT": {"method": "raft", "raft": {"scale_weight": "scale"}, **BEST},
+    "DPO": {"method": "dpo", "dpo": PAIRS, "train_batch_size": 16},
+    "RAFT": {"method": "raft", "raft": BEST, "gradient_accumulation_steps": 2},
 }  # fmt: skip
 
 
@@ -71,7 +73,7 @@ def run(folder: Path, changes: dict[str, Any], options: argparse.Namespace) -> N
         "checkpointing_steps": None,
         "trend_p_value": None,
         "eval_prompts": ["benchmark:hard"],
-        "num_eval_prompts": 500,
+        "num_eval_prompts": options.num_eval_prompts,
         "num_eval_images": 2,
         **changes,
     }
@@ -89,7 +91,9 @@ def run(folder: Path, changes: dict[str, Any], options: argparse.Namespace) -> N
 def read(folder: Path) -> dict[str, Any]:
     record = json.loads((folder / "report.json").read_text())
     found = record["prompts"]["benchmark:hard"]
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return {
+        "rollouts": [x["rewards/checker/mean"] for x in lines if "rewards/checker/mean" in x],
         "checker": found["rewards"]["checker"],
         "checker_statements": found["rewards"]["checker_statements"],
         "vendi_within_prompt": found["vendi_within_prompt"],
@@ -104,10 +108,12 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--learning_rate", type=float, default=2.5e-5)
+    parser.add_argument("--num_eval_prompts", type=int, default=250)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", default="runs/alignment_methods")
     parser.add_argument("--output", default="benchmarks/results/alignment_methods.json")
     options = parser.parse_args()
+    processes.keep_freed_memory()
     folder = Path(options.output_dir, f"seed_{options.seed}")
     folder.mkdir(parents=True, exist_ok=True)
     for name in options.rows:
@@ -118,7 +124,8 @@ def main() -> None:
     runs = {name: folder / name.lower().replace(",", "").replace(" ", "_") for name in ROWS}
     result = {
         "command": f"python benchmarks/alignment_methods.py --steps {options.steps} "
-        f"--learning_rate {options.learning_rate} --seed {options.seed}",
+        f"--learning_rate {options.learning_rate} --num_eval_prompts {options.num_eval_prompts} "
+        f"--seed {options.seed}",
         "hardware": _cpu_name(),
         "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__},

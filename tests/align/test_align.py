@@ -20,7 +20,7 @@ from torch import Tensor
 from nextscale.align import AlignConfig, align
 from nextscale.align.experience import collect
 from nextscale.align.methods.b2 import B2Config
-from nextscale.align.methods.dpo import DPOConfig
+from nextscale.align.methods.dpo import DPO, DPOConfig
 from nextscale.align.methods.grpo import GRPO, GRPOConfig
 from nextscale.align.policies.next_scale import NextScalePolicy
 from nextscale.align.prompts import Prompt, draw_prompts, open_prompts
@@ -338,6 +338,20 @@ def test_settings_of_advantages_hold_for_both_parts_of_vmr(policy: NextScalePoli
     advantages = method.learn(rollout(policy, method)).columns["advantages"]
     assert float(advantages.abs().max()) == pytest.approx(0.1)
     assert bool(advantages[:, :5].any())
+
+
+def test_dpo_pairs_the_best_of_a_group_with_its_worst(policy: NextScalePolicy) -> None:
+    drawn = rollout(policy, GRPO(GRPOConfig(), policy), size=4)
+    total = torch.tensor([[0.0, 3.0, 1.0, 2.0], [1.0, 0.0, 1.0, 1.0], [5.0, torch.nan, 4.0, 3.0]])
+    drawn = replace(drawn, total=total.flatten())
+    found = DPO(DPOConfig(pairs_per_group=2), policy).learn(drawn)
+    used = found.items[found.weights > 0].tolist()
+    assert used == [[1, 0], [3, 2], [4, 5], [8, 11]]
+    one = DPO(DPOConfig(), policy).learn(drawn)
+    assert one.items.tolist() == [[1, 0], [4, 5], [8, 11]]
+    assert DPO(DPOConfig(margin=2), policy).learn(drawn).weights.tolist() == [1, 0, 0]
+    with pytest.raises(UserError, match=r"dpo\.pairs_per_group is 2, .* at most half of"):
+        DPO(DPOConfig(pairs_per_group=2), policy).items_per_group(3)
 
 
 def test_the_most_uncertain_tokens_are_those_of_the_whole_rollout(policy: NextScalePolicy) -> None:

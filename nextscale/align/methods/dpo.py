@@ -38,6 +38,9 @@ class DPOConfig:
     """RPO: weight of -log pi(chosen) beside the preference loss."""
     margin: float = 0.0
     """Smallest difference of rewards in a pair of an online rollout."""
+    pairs_per_group: int = 1
+    """Of an online rollout: the best against the worst, the second best against the second worst,
+    and so on."""
     score: Literal["pair", "policy"] = "pair"
     """What the likelihoods are: pair: without guidance, exact for next-scale models and a noised
     surrogate for diffusion; policy: what the policy draws from, guidance included, per step."""
@@ -60,6 +63,7 @@ class DPOConfig:
         require("dpo.beta", self.beta, self.beta > 0, "be above 0")
         require("dpo.rpo_alpha", self.rpo_alpha, self.rpo_alpha >= 0, "be 0 or more")
         require("dpo.margin", self.margin, self.margin >= 0, "be 0 or more")
+        require("dpo.pairs_per_group", self.pairs_per_group, self.pairs_per_group > 0, "be above 0")
 
 
 class DPO:
@@ -79,23 +83,27 @@ class DPO:
         )
 
     def items_per_group(self, num_generations: int) -> int:
-        """One pair."""
-        return 1
+        """`pairs_per_group` pairs of two samples each."""
+        pairs = self.settings.pairs_per_group
+        limit = f"be at most half of num_generations {num_generations}"
+        require("dpo.pairs_per_group", pairs, 2 * pairs <= num_generations, limit)
+        return pairs
 
     def branch(self) -> None:
         """Samples of a group are independent."""
         return None
 
     def learn(self, rollout: Rollout) -> Experience:
-        """The best and the worst of each group; a pair within the margin has weight 0."""
+        """The best samples of each group and its worst; a pair within the margin has weight 0."""
         total = grouped(rollout.total, rollout.groups)
-        best = total.nan_to_num(-torch.inf).argmax(1)
-        worst = total.nan_to_num(torch.inf).argmin(1)
-        first = torch.arange(len(total), device=total.device) * total.shape[1]
-        gap = total.gather(1, best[:, None]) - total.gather(1, worst[:, None])
-        used = (gap[:, 0] > self.settings.margin).to(total)  # False for NaN
-        items = torch.stack([first + best, first + worst], dim=1)
-        return Experience(rollout, items, used, metrics={"pairs/used": float(used.mean())})
+        pairs = self.settings.pairs_per_group
+        best = total.nan_to_num(-torch.inf).argsort(dim=1, descending=True, stable=True)[:, :pairs]
+        worst = total.nan_to_num(torch.inf).argsort(dim=1, stable=True)[:, :pairs]
+        used = (total.gather(1, best) - total.gather(1, worst)) > self.settings.margin  # not NaN
+        first = torch.arange(len(total), device=total.device)[:, None] * total.shape[1]
+        items = torch.stack([first + best, first + worst], dim=2).flatten(0, 1)
+        weights = used.to(total).flatten()
+        return Experience(rollout, items, weights, metrics={"pairs/used": float(weights.mean())})
 
     def losses(
         self, experience: Experience, examples: Int[Tensor, " n"], step: int, network: nn.Module
