@@ -178,6 +178,7 @@ def main() -> None:
     if arguments.variant:
         print(json.dumps(grpo_step(arguments.variant)))
         return
+    keep_freed_memory()
     steps = {}
     for variant in VARIANTS:
         command = [sys.executable, __file__, "--variant", variant]

@@ -66,6 +66,8 @@ def run(folder: Path, changes: dict[str, Any], options: argparse.Namespace) -> N
     sections = {"grpo": GRPOConfig, "dpo": DPOConfig, "raft": RAFTConfig}
     values |= {
         "lr_scheduler": "constant",
+        "lr_warmup_steps": 5,
+        "logging_steps": max(options.steps // 4, 1),
         "learning_rate": options.learning_rate,
         "max_train_steps": options.steps,
         "seed": options.seed,
@@ -106,7 +108,7 @@ def read(folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--learning_rate", type=float, default=2.5e-5)
     parser.add_argument("--num_eval_prompts", type=int, default=250)
     parser.add_argument("--seed", type=int, default=0)

@@ -43,8 +43,9 @@ class AlignConfig(TrainingConfig):
     """grpo, dpo, raft, b2, dragon or find; its settings are in the section of its name."""
     model: str = "scenes"
     """A next-scale model (bundled name, folder, hub id) or a diffusers pipeline (folder or id)."""
-    prompts: tuple[str, ...] = ("scenes:standard",)
-    """What is drawn: scenes:standard, scenes:hard, classes, or .txt and .jsonl files, in turns."""
+    prompts: tuple[str, ...] = ()
+    """What is drawn: scenes:standard, scenes:hard, classes, or .txt and .jsonl files, in turns.
+    Empty: those of `pairs`, classes for class-conditional models, else scenes:standard."""
     pairs: str | None = None
     """DPO on given pairs instead of rollouts: a .jsonl of {"prompt" or "class_label", "chosen",
     "rejected"}, the last two paths of pictures, relative to the file."""
@@ -123,8 +124,9 @@ class AlignConfig(TrainingConfig):
     find: FINDConfig = field(default_factory=FINDConfig)
     """Settings of FIND."""
 
-    eval_prompts: tuple[str, ...] = ("benchmark:standard",)
-    """What the report draws before and after, with equal seeds."""
+    eval_prompts: tuple[str, ...] = ()
+    """What the report draws before and after, with equal seeds. Empty: benchmark:standard for
+    models with the scenes grammar, else `prompts`."""
     num_eval_prompts: int = 100
     """Prompts of the report, the first of each source; 0: no report."""
     num_eval_images: int = 4
@@ -140,6 +142,8 @@ class AlignConfig(TrainingConfig):
     features`, or inception (its weights are looked for as `nextscale eval` does); None:
     scenes-features for models with the scenes grammar, else none."""
 
+    checkpointing_steps: int | None = 1000
+    """Steps between checkpoints, rounded up to whole rollouts; None: only the last one."""
     learning_rate: float = 1e-5
     """Peak learning rate."""
     weight_decay: float = 0.0
@@ -172,8 +176,6 @@ class AlignConfig(TrainingConfig):
         p_value = self.trend_p_value
         fits = p_value is None or 0 < p_value < 1
         require("trend_p_value", p_value, fits, "lie in (0, 1), or be none")
-        if self.num_eval_prompts and not self.eval_prompts:
-            raise UserError("eval_prompts is empty; name a source, or set num_eval_prompts 0")
         positive = (
             *("num_prompts", "num_generations", "num_iterations", "rollout_batch_size"),
             *("num_train_prompts", "num_eval_images", "held_out_patience"),
@@ -183,6 +185,10 @@ class AlignConfig(TrainingConfig):
             require(name, value, value is None or value > 0, "be above 0")
         for name in ("num_eval_prompts", "num_validation_prompts", "lora_rank"):
             require(name, getattr(self, name), getattr(self, name) >= 0, "be 0 or more")
+        if self.held_out_rewards and not self.num_validation_prompts:
+            raise UserError(
+                "held_out_rewards are watched at validations, and num_validation_prompts is 0"
+            )
         if self.num_generations < 2 and self.pairs is None:
             raise UserError(
                 f"num_generations is {self.num_generations}: a group of one has nothing to be "

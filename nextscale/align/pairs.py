@@ -47,7 +47,10 @@ def read_pairs(path: str | Path, *, num_classes: int | None = None) -> list[Pair
             continue
         try:
             entry = json.loads(line)
-            condition = str(entry[key]) if num_classes is None else int(entry[key])
+            condition = entry[key]
+            kind = str if num_classes is None else int
+            if not isinstance(condition, kind) or isinstance(condition, bool):
+                raise TypeError(f"{key} is {condition!r}")
             pair = Pair(condition, path.parent / entry["chosen"], path.parent / entry["rejected"])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(

@@ -28,7 +28,9 @@ class Prompt:
     metadata: Mapping[str, Any]
 
 
-def open_prompts(names: Sequence[str], *, num_classes: int | None = None) -> list[Prompt]:
+def open_prompts(
+    names: Sequence[str], *, num_classes: int | None = None, what: str = "prompts"
+) -> list[Prompt]:
     """The prompts of several sources, in turns, so that a small source is not drowned.
 
     Args:
@@ -37,13 +39,14 @@ def open_prompts(names: Sequence[str], *, num_classes: int | None = None) -> lis
             classes of the model); a .txt file, one prompt per line; a .jsonl file of objects with
             "prompt" or "class_label", the other keys are metadata.
         num_classes: Classes of the model; None: it takes prompts.
+        what: The setting, for messages.
 
     Raises:
         UserError: For a source that is none, is empty, or does not fit the model.
     """
     if not names:
-        raise UserError("prompts is empty; name a source, for example scenes:hard or FILE.txt")
-    lists = [_open(name, num_classes) for name in names]
+        raise UserError(f"{what} is empty; name a source, for example scenes:hard or FILE.txt")
+    lists = [_open(name, num_classes, what) for name in names]
     longest = max(map(len, lists))
     prompts = [part[i % len(part)] for i in range(longest) for part in lists]
     labels = isinstance(prompts[0].condition, int)
@@ -51,9 +54,9 @@ def open_prompts(names: Sequence[str], *, num_classes: int | None = None) -> lis
         isinstance(p.condition, int) != labels for p in prompts
     ):
         takes = "prompts" if num_classes is None else "class labels"
-        raise UserError(f"this model takes {takes}, which prompts {', '.join(names)} are not")
+        raise UserError(f"this model takes {takes}, which {what} {', '.join(names)} are not")
     for prompt in prompts:
-        check_label(prompt.condition, num_classes, f"prompts {', '.join(names)}")
+        check_label(prompt.condition, num_classes, f"{what} {', '.join(names)}")
     return prompts
 
 
@@ -81,29 +84,29 @@ def draw_prompts(prompts: Sequence[Prompt], count: int, seed: int, draw: int) ->
     return [prompts[i] for i in batch_indices(seed, draw, count, len(prompts))]
 
 
-def _open(name: str, num_classes: int | None) -> list[Prompt]:
+def _open(name: str, num_classes: int | None, what: str) -> list[Prompt]:
     kind, _, argument = name.partition(":")
     if kind == "scenes":
         captions = training_captions(argument or "standard", _NUM_CAPTIONS)
         return [Prompt(caption, {}) for caption in captions]
     if kind == "benchmark":
         if argument not in BENCHMARKS:
-            raise UserError(f"prompts {name}: the benchmarks are {', '.join(BENCHMARKS)}")
+            raise UserError(f"{what} {name}: the benchmarks are {', '.join(BENCHMARKS)}")
         return [Prompt(caption, {}) for caption in load_benchmark(argument)]
     if name == "classes":
         if num_classes is None:
-            raise UserError("prompts classes needs a class-conditional model; this takes prompts")
+            raise UserError(f"{what} classes needs a class-conditional model; this takes prompts")
         return [Prompt(label, {}) for label in range(num_classes)]
     path = Path(name)
     if path.suffix not in (".txt", ".jsonl") or not path.is_file():
         raise UserError(
-            f'prompts "{name}" is no source: use scenes:standard, scenes:hard, benchmark:NAME, '
+            f'{what} "{name}" is no source: use scenes:standard, scenes:hard, benchmark:NAME, '
             "classes, or a .txt or .jsonl file that exists"
         )
     numbered = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
     lines = [(number, line) for number, line in numbered if line.strip()]
     if not lines:
-        raise UserError(f"prompts {name} holds no line")
+        raise UserError(f"{what} {name} holds no line")
     if path.suffix == ".txt":
         return [Prompt(line.strip(), {}) for _, line in lines]
     return [_parse(line, f"{name}, line {number}") for number, line in lines]

@@ -167,7 +167,8 @@ def make_report(
     prompts: list[Prompt] = []
     sources = {}
     for name in config.eval_prompts:
-        asked = open_prompts([name], num_classes=model.num_classes)[: config.num_eval_prompts]
+        asked = open_prompts([name], num_classes=model.num_classes, what="eval_prompts")
+        asked = asked[: config.num_eval_prompts]
         first = len(prompts)
         prompts += [prompt for prompt in asked for _ in range(config.num_eval_images)]
         sources[name] = slice(first, len(prompts))
@@ -322,10 +323,10 @@ def _reference(config: AlignConfig, model: AlignModel) -> Any:
 def _kl_per_step(
     config: AlignConfig, model: AlignModel, *, network: nn.Module, prompts: Sequence[Prompt]
 ) -> dict[str, Any]:
-    """Exact KL(tuned || base) in nats per sample, of each scale or denoising step.
+    """Exact KL(tuned || base) in nats, of each scale or denoising step.
 
     On samples of the tuned policy, as rollouts draw them. The sum over scales is the divergence of
-    whole samples (the chain rule); for diffusion it is a mean over latent dimensions.
+    whole samples (the chain rule); averaged log-probabilities give the mean over latent dimensions.
     """
     policy: Policy = model.policy
     reference = policy.baseline
@@ -349,7 +350,8 @@ def _kl_per_step(
     finally:
         policy.baseline = held
     per_step = [float(np.mean(values)) for values in totals.values()]
-    return {"per_step": per_step, "total": sum(per_step), "samples": len(chosen)}
+    unit = "nats per latent dimension" if policy.averaged else "nats per sample"
+    return {"per_step": per_step, "total": sum(per_step), "unit": unit, "samples": len(chosen)}
 
 
 def _before_after(

@@ -71,7 +71,7 @@ def markdown(record: dict[str, Any]) -> str:
         lines += ["", f"| {title} | before | after | difference |", "|---|---|---|---|"]
         lines += _rows(found)
     steps = " ".join(f"{value:.3g}" for value in record["kl"]["per_step"])
-    lines += ["", f"KL from the base, nats per sample, by scale or step: {steps}."]
+    lines += ["", f"KL from the base, {record['kl']['unit']}, by scale or step: {steps}."]
     return "\n".join(lines) + "\n"
 
 

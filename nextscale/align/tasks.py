@@ -6,6 +6,8 @@ them are done, the next rollout is drawn with the weights as they are then.
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -25,10 +27,13 @@ from nextscale.align.pairs import load_pairs, read_pairs
 from nextscale.align.prompts import Prompt, draw_prompts
 from nextscale.align.rewards import RewardTrend
 from nextscale.align.rewards.reward import AnyReward, PairwiseReward
+from nextscale.align.trajectory import Trajectory
 from nextscale.errors import UserError
 from nextscale.training import bare
 from nextscale.training.batches import global_batch_size
 from nextscale.training.session import resolve_precision
+
+logger = logging.getLogger(__name__)
 
 
 class Online:
@@ -54,18 +59,20 @@ class Online:
                 f"a rollout gives {self.size} examples ({self.groups} groups of {self.each}), "
                 f"which {batch} per step (train_batch_size {config.train_batch_size} x "
                 f"gradient_accumulation_steps {config.gradient_accumulation_steps} x "
-                f"{processes.world_size()} processes) does not divide; choose divisors of "
-                f"{self.size}"
+                f"{processes.world_size()} processes) does not divide; {self._advice()}"
             )
         self.steps = config.num_iterations * self.size // batch
         every = config.checkpointing_steps
-        if every is not None and every % self.steps:
-            raise UserError(
-                f"checkpointing_steps {every} lies within a rollout of {self.steps} steps, which "
-                f"a resumed run could not go on with; use a multiple of {self.steps}"
-            )
+        self.checkpointing_steps = every and math.ceil(every / self.steps) * self.steps
         self.number, self.experience = -1, None
         self.trend = RewardTrend()
+
+    def _advice(self) -> str:
+        for steps in range(self.config.gradient_accumulation_steps, 0, -1):
+            at_once = self.config.train_batch_size * steps * processes.world_size()
+            if self.size % at_once == 0:
+                return f"with gradient_accumulation_steps {steps} it does"
+        return f"choose divisors of {self.size}"
 
     def conditions(self) -> list[str | int]:
         """Everything that rollouts may draw."""
@@ -79,7 +86,13 @@ class Online:
         self, modules: Mapping[str, nn.Module], batch: Tensor, step: int
     ) -> Iterator[tuple[str, Tensor, Mapping[str, float | Tensor]]]:
         """The method's loss of some examples; draws the rollout that they belong to."""
+        bare(modules["policy"]).eval()  # also where the backward pass computes activations again
         if self.number != step // self.steps:
+            if self.number < 0 and step % self.steps:
+                logger.warning(
+                    "the checkpoint lies within a rollout, which is drawn again by newer weights: "
+                    "from here on the run differs from one that was never stopped"
+                )
             self.number = step // self.steps
             self.experience = None  # free the old one first
             self.experience = self._draw(step, modules["policy"])
@@ -107,7 +120,7 @@ class Online:
         metrics = rollout_metrics(rollout)
         counted = [r for w, r in zip(self.weights, self.rewards, strict=True) if w]
         if not any(isinstance(reward, PairwiseReward) for reward in counted):
-            self.trend.update(metrics["reward"])  # the mean of comparisons never moves
+            self.trend.update(self.number, metrics["reward"])  # the mean of comparisons never moves
         with torch.no_grad():
             experience = self._kept(self.method.learn(rollout))
             experience = self._old_logps(experience, network)
@@ -147,10 +160,17 @@ class Online:
         with torch.enable_grad():  # the same kernels as in training
             for start in range(0, len(trajectory), size):
                 part = trajectory.index(slice(start, start + size))
-                judged = self.model.policy.evaluate(part, network=bare(network))
-                parts.append(judged.logp.detach())
+                parts.append(self._judged(part, bare(network)))
         columns["old_logps"] = torch.cat(parts)
         return replace(experience, columns=columns)
+
+    def _judged(self, part: Trajectory, network: nn.Module) -> Tensor:
+        """[b, U]; denoising steps one by one, so that the graph of a single one is in memory."""
+        policy = self.model.policy
+        gaussian = policy.kind == "gaussian"
+        chunks = [[step] for step in range(policy.num_steps)] if gaussian else [None]
+        found = [policy.evaluate(part, chunk, network=network).logp.detach() for chunk in chunks]
+        return torch.cat(found, dim=1)
 
 
 class Offline:
@@ -163,6 +183,7 @@ class Offline:
         self.size = len(self.pairs)
         self.resolution = model.resolution
         self.trend = RewardTrend()  # given pairs have no rollouts
+        self.checkpointing_steps = config.checkpointing_steps
 
     def conditions(self) -> list[str | int]:
         """Those of all pairs."""
@@ -177,6 +198,7 @@ class Offline:
     ) -> Iterator[tuple[str, Tensor, Mapping[str, float | Tensor]]]:
         """The preference loss of some pairs."""
         policy = self.model.policy
+        bare(modules["policy"]).eval()
         conditions = policy.encode([*batch["conditions"], *batch["conditions"]])
         trajectory = policy.trajectory_of(batch["images"], conditions)
         rows = batch["rows"].tolist() * 2

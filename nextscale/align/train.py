@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,7 @@ def _align(
     progress: bool,
 ) -> AlignResult:
     model = open_model(config)
+    config = _with_prompts(config, model)
     if config.method == "find":
         model = open_starts(config, model)
     train_rewards, held_out = _open_rewards(config, rewards)
@@ -96,14 +97,16 @@ def _align(
     modules: dict[str, nn.Module] = {"policy": model.policy.network}
     if method.needs_reference and (copy := model.add_reference()) is not None:
         modules["reference"] = copy
+    task: Any = None
+    if config.pairs is not None:  # whose lines are checked before they serve as prompts
+        assert isinstance(method, DPO)
+        task = Offline(config, model, method)
     prompts = open_prompts(config.prompts, num_classes=model.num_classes)
     watched, prompts = hold_out(prompts, config.num_validation_prompts)
     watcher = Watcher(config, model, watched, train_rewards, weights, held_out)
-    if config.pairs is None:
-        task: Any = Online(config, model, method, prompts, train_rewards, weights)
-    else:
-        assert isinstance(method, DPO)
-        task = Offline(config, model, method)
+    if task is None:
+        task = Online(config, model, method, prompts, train_rewards, weights)
+    config = replace(config, checkpointing_steps=task.checkpointing_steps)
     conditions = task.conditions()
     model.check(conditions)
     report = None
@@ -151,6 +154,14 @@ def _align(
     if report is not None:
         report.finish(final, result, trend={"p_value": p_value, "kept": kept})
     return AlignResult(result, report, kept, p_value)
+
+
+def _with_prompts(config: AlignConfig, model: AlignModel) -> AlignConfig:
+    """What is drawn if nothing is said."""
+    usual = "scenes:standard" if model.num_classes is None else "classes"
+    prompts = config.prompts or (config.pairs or usual,)
+    measured = ("benchmark:standard",) if model.grammar == "scenes" else prompts
+    return replace(config, prompts=prompts, eval_prompts=config.eval_prompts or measured)
 
 
 class _State:

@@ -144,10 +144,12 @@ class Policy(Protocol):
 
     Attributes:
         kind: categorical or gaussian.
+        averaged: Log-probabilities are means over latent dimensions, not those of joint densities.
         baseline: What `reference` gives; None: nothing to compare with.
     """
 
     kind: Kind
+    averaged: bool
     baseline: Reference | None
 
     @property

@@ -86,6 +86,8 @@ class Watcher:
             values[f"rewards/{reward.name}/mean"] = float(columns[:, k].nanmean())
         for k, reward in enumerate(self.held_out, len(self.rewards)):
             values[f"held_out/{reward.name}"] = float(columns[:, k].nanmean())
+        # A reward may answer one process and not another; all of them must stop alike.
+        values = processes.gather(values)[0]
         if processes.is_main():
             grid(self.config.output_dir, step, images, self.prompts, total)
         return values

@@ -152,6 +152,14 @@ def _train(
     begun = time.monotonic()
     window_seconds, window_steps = 0.0, 0
     with bar:
+        if validate is not None and stop is not None and _left_open(run):
+            # The checkpoint is older than this validation, which decides whether the run goes on.
+            if accelerator.is_main_process:
+                record.rewind_log(Path(config.output_dir, "log.jsonl"), run.step, validated=False)
+            _validate(run, validate)
+            if stop():
+                logger.info("stopped by the run's own monitor at step %d", run.step)
+                return
         while run.step < config.max_train_steps:
             clock = time.monotonic()
             out_of_time = (
@@ -183,6 +191,12 @@ def _train(
             if out_of_time:
                 logger.info("stopped after max_train_minutes at step %d", run.step)
                 break
+
+
+def _left_open(run: Session) -> bool:
+    """Whether a resumed run begins at a step whose validation belongs to it."""
+    inside = 0 < run.step < run.config.max_train_steps
+    return inside and _due(run.step, run.config.validation_steps)
 
 
 def _step(run: Session, data: Iterator[Any], out_of_time: bool) -> bool:

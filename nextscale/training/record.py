@@ -28,8 +28,14 @@ def append_line(path: Path, values: Mapping[str, float | int | None]) -> None:
         file.write(json.dumps(clean) + "\n")
 
 
-def rewind_log(path: Path, step: int) -> None:
-    """Drop what a killed run logged after the checkpoint that is now continued."""
+def rewind_log(path: Path, step: int, *, validated: bool = True) -> None:
+    """Drop what a killed run logged after the checkpoint that is now continued.
+
+    Args:
+        path: The log.
+        step: Of the checkpoint.
+        validated: Keep the validation of this very step.
+    """
     if not path.exists():
         return
     kept = []
@@ -38,7 +44,8 @@ def rewind_log(path: Path, step: int) -> None:
             values = json.loads(line)
         except ValueError:
             break  # the line that the kill cut short; nothing follows it
-        if values["step"] <= step:
+        again = not validated and any(name.startswith("val/") for name in values)
+        if values["step"] < step or (values["step"] == step and not again):
             kept.append(line + "\n")
     with atomic(path) as temporary:
         temporary.write_text("".join(kept), encoding="utf-8")

@@ -22,6 +22,7 @@ from nextscale.align.experience import collect
 from nextscale.align.methods.b2 import B2Config
 from nextscale.align.methods.dpo import DPO, DPOConfig
 from nextscale.align.methods.grpo import GRPO, GRPOConfig
+from nextscale.align.pairs import read_pairs
 from nextscale.align.policies.next_scale import NextScalePolicy
 from nextscale.align.prompts import Prompt, draw_prompts, open_prompts
 from nextscale.align.references import Given
@@ -236,17 +237,85 @@ def test_a_resumed_run_judges_all_its_rollouts(tmp_path: Path, model_folder: Pat
     assert resumed.p_value == whole.p_value
 
 
-@pytest.mark.parametrize("credit", ["trajectory", "vmr"])
-def test_two_processes_are_one(tmp_path: Path, model_folder: Path, credit: Any) -> None:
+def test_a_resumed_run_repeats_the_validation_of_its_checkpoint(
+    tmp_path: Path, model_folder: Path
+) -> None:
+    """It is younger than the checkpoint; without it the run would stop later than the unbroken."""
+    changes: dict[str, Any] = {
+        "num_validation_prompts": 2, "validation_steps": 2, "held_out_rewards": ("color:red",),
+    }  # fmt: skip
+    align(settings(tmp_path / "whole", model_folder, **changes), progress=False)
+    part = settings(tmp_path / "part", model_folder, **changes)
+    align(replace(part, max_train_steps=2), progress=False)
+    align(replace(part, resume_from_checkpoint="latest"), progress=False)
+
+    def monitor(name: str) -> Any:
+        path = tmp_path / name / "checkpoints" / "step_00000004" / "state.json"
+        return json.loads(path.read_text())["own"]["monitor"]
+
+    assert monitor("part") == monitor("whole")
+    values = [
+        [(x["step"], x["val/reward"]) for x in log(tmp_path / name) if "val/reward" in x]
+        for name in ("whole", "part")
+    ]
+    assert values[0] == values[1]
+    assert [step for step, _ in values[0]] == [2, 4]
+
+
+def test_a_checkpoint_within_a_rollout_is_said(
+    tmp_path: Path, model_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    changes = {"gradient_accumulation_steps": 1, "checkpointing_steps": 1}  # rollouts of 2 steps
+    part = settings(tmp_path / "part", model_folder, **changes)
+    align(replace(part, max_train_steps=3), progress=False)
+    steps = sorted(path.name for path in (tmp_path / "part" / "checkpoints").iterdir())
+    assert steps == ["step_00000002", "step_00000003"]  # whole rollouts, and the last one
+    assert "within a rollout" not in caplog.text
+    align(replace(part, resume_from_checkpoint="latest"), progress=False)
+    assert "lies within a rollout" in caplog.text
+
+
+@pytest.mark.parametrize("method", ["grpo", "dpo"])
+def test_gradient_checkpointing_changes_nothing_with_drop_path(
+    tmp_path: Path,
+    build_model: Callable[..., NextScaleTransformer],
+    tiny_tokenizer: MultiscaleVQ,
+    method: str,
+) -> None:
+    save_model(tmp_path / "model", tiny_tokenizer, build_model(drop_path=0.5), SamplingConfig())
+    small = {"train_batch_size": 2} if method == "dpo" else {}
+    for name, on in (("plain", False), ("less", True)):
+        config = settings(
+            tmp_path / name, tmp_path / "model", method=method, gradient_checkpointing=on,
+            max_train_steps=2, **small,
+        )  # fmt: skip
+        align(config, progress=False)
+    plain, less = (log(tmp_path / name) for name in ("plain", "less"))
+    for one, other in zip(plain, less, strict=True):
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train_batch_size": 8},
+        {"grpo": GRPOConfig(credit="vmr", vmr_scale=2), "num_generations": 2},
+        {"method": "dpo", "dpo": DPOConfig(pairs_per_group=2), "train_batch_size": 4},
+    ],
+    ids=["grpo", "vmr", "dpo"],
+)
+def test_two_processes_are_one(tmp_path: Path, model_folder: Path, changes: dict[str, Any]) -> None:
     """Rollouts with and without branches, and the report."""
     config = settings(
         tmp_path / "one", model_folder, reward_funcs=("brightness", "jpeg_compressibility"),
-        grpo=GRPOConfig(credit=credit, vmr_scale=2), num_eval_prompts=3, num_eval_images=1,
-        num_generations=2 if credit == "vmr" else 4, num_validation_prompts=3,
+        num_eval_prompts=3, num_eval_images=1, num_validation_prompts=3, **changes,
     )  # fmt: skip
     align(config, progress=False)
     recipe = yaml.safe_load((tmp_path / "one" / "recipe.yaml").read_text())
-    recipe |= {"output_dir": str(tmp_path / "two"), "train_batch_size": 4}
+    recipe |= {
+        "output_dir": str(tmp_path / "two"),
+        "train_batch_size": config.train_batch_size // 2,
+    }
     path = tmp_path / "two.yaml"
     path.write_text(yaml.safe_dump(recipe))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -612,7 +681,10 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
     [
         ({"train_batch_size": 6}, "does not divide; choose divisors of 16"),
         ({"num_generations": 1}, "a group of one has nothing to be compared with"),
-        ({"checkpointing_steps": 3, "train_batch_size": 4}, "lies within a rollout of 2 steps"),
+        (
+            {"gradient_accumulation_steps": 5},
+            "does not divide; with gradient_accumulation_steps 2 it does",
+        ),
         ({"prompts": ("scenes:hard",)}, "takes class labels"),
         ({"prompts": ("nothing",)}, "is no source"),
         ({"reward_weights": (1.0, 2.0)}, "2 numbers for 1 rewards: brightness"),
@@ -625,10 +697,17 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
         ({"pairs": "missing.jsonl"}, "pairs are for method dpo"),
         ({"num_train_prompts": 9}, "be at most num_prompts 4"),
         ({"reward_funcs": ("brightness", "brightness")}, 'reward "brightness" is named twice'),
-        ({"held_out_rewards": ("brightness",)}, 'reward "brightness" is named twice'),
+        (
+            {"held_out_rewards": ("brightness",), "num_validation_prompts": 1},
+            'reward "brightness" is named twice',
+        ),
+        ({"held_out_rewards": ("vendi",)}, "watched at validations, and num_validation_prompts is"),
+        (
+            {"eval_prompts": ("benchmark:hard",), "num_eval_prompts": 2},
+            "class labels, which eval_prompts benchmark:hard are not",
+        ),
         ({"reward_scales": (1.0, 2.0)}, "2 numbers for 1 rewards: brightness"),
         ({"reward_mode": "max"}, "be one of sum, min, majority"),
-        ({"eval_prompts": (), "num_eval_prompts": 2}, "eval_prompts is empty"),
         ({"eval_features": "nowhere", "num_eval_prompts": 2}, "nowhere"),
     ],
 )
@@ -669,6 +748,8 @@ def test_settings_of_methods_are_checked_where_they_are_given(
         ({"class_label": 99}, "class label 99 is none of the model's, 0 to 4"),
         ({"class_label": None}, 'line 1: needs "class_label"'),
         ({"class_label": "cat"}, 'line 1: needs "class_label"'),
+        ({"class_label": True}, 'line 1: needs "class_label"'),
+        ({"class_label": 1.7}, 'line 1: needs "class_label"'),
     ],
 )
 def test_labels_are_checked_before_the_first_step(
@@ -697,6 +778,37 @@ def test_few_prompts_are_watched_and_trained() -> None:
     assert len(rest) == 96
     classes = [Prompt(i, {}) for i in range(100)]
     assert hold_out(classes, 2)[1] == classes
+
+
+@pytest.mark.parametrize("prompt", [None, ["x"], 3])
+def test_a_prompt_of_a_pair_is_a_text(tmp_path: Path, prompt: Any) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({"prompt": prompt, "chosen": "a.png", "rejected": "b.png"}))
+    with pytest.raises(UserError, match='line 1: needs "prompt"'):
+        read_pairs(path)
+
+
+def test_prompts_are_found_for_models_of_classes_and_for_pairs(
+    tmp_path: Path, model_folder: Path
+) -> None:
+    nothing: dict[str, Any] = {"prompts": (), "eval_prompts": (), "num_validation_prompts": 2}
+    shown = {"num_eval_prompts": 2, "num_eval_images": 1, "max_train_steps": 1}
+    align(settings(tmp_path / "run", model_folder, **nothing, **shown), progress=False)
+    recipe = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    assert recipe["prompts"] == recipe["eval_prompts"] == ["classes"]
+    for name in ("a", "b"):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    path = tmp_path / "pairs.jsonl"
+    line = json.dumps({"class_label": 3, "chosen": "a.png", "rejected": "b.png"})
+    path.write_text(f"{line}\n{line}\n")
+    config = settings(
+        tmp_path / "pairs", model_folder, method="dpo", pairs=str(path), train_batch_size=2,
+        gradient_accumulation_steps=1, **nothing, **shown,
+    )  # fmt: skip
+    align(config, progress=False)
+    assert yaml.safe_load((tmp_path / "pairs" / "recipe.yaml").read_text())["prompts"] == [
+        str(path)
+    ]
 
 
 def test_a_pair_file_with_missing_pictures_names_them(tmp_path: Path, model_folder: Path) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,15 +16,17 @@ import diffusers as typed_diffusers
 import pytest
 import tiny_pipelines
 import torch
+import yaml
 from torch import Tensor
 
 from nextscale.align import AlignConfig, align
 from nextscale.align.config import DiffusionSettings
-from nextscale.align.methods.dpo import DPOConfig
-from nextscale.align.methods.grpo import GRPOConfig
+from nextscale.align.methods.dpo import DPO, DPOConfig
+from nextscale.align.methods.grpo import GRPO, GRPOConfig
 from nextscale.align.policies.diffusion import DiffusionPolicy
 from nextscale.errors import UserError
 
+ROOT = Path(__file__).parents[2]
 # Its annotations do not know what its pipelines take.
 diffusers: Any = typed_diffusers
 
@@ -88,6 +93,55 @@ def test_every_method_trains_a_pipeline_that_diffusers_opens(
             assert torch.equal(tensor, getattr(base, part).state_dict()[name])
 
 
+def test_a_resumed_run_is_the_unbroken_one(tmp_path: Path, pipeline_folder: Path) -> None:
+    changes = {"checkpointing_steps": 1, "max_train_steps": 2}
+    align(settings(tmp_path / "whole", pipeline_folder, **changes), progress=False)
+    part = settings(tmp_path / "part", pipeline_folder, **changes)
+    align(replace(part, max_train_steps=1), progress=False)
+    align(replace(part, resume_from_checkpoint="latest"), progress=False)
+    keys = ("step", "loss", "reward", "grad_norm")
+    whole, resumed = ([[x[k] for k in keys] for x in log(tmp_path / n)] for n in ("whole", "part"))
+    assert whole == resumed
+
+
+def test_two_processes_are_one(tmp_path: Path, pipeline_folder: Path) -> None:
+    """Several backward passes per micro-batch, one for each denoising step."""
+    config = settings(tmp_path / "one", pipeline_folder, num_prompts=2)
+    align(config, progress=False)
+    recipe = yaml.safe_load((tmp_path / "one" / "recipe.yaml").read_text())
+    recipe |= {"output_dir": str(tmp_path / "two"), "train_batch_size": 2}
+    path = tmp_path / "two.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*command, "-m", "nextscale", "align", "--config", str(path)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    for one, two in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
+        assert two["reward"] == pytest.approx(one["reward"], rel=1e-4)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+
+
+def test_clip_range_and_pull_are_those_of_averaged_log_probabilities(
+    pipeline_folder: Path,
+) -> None:
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(pipeline_folder)
+    policy = DiffusionPolicy(pipe, num_inference_steps=2)
+    joint = DiffusionPolicy(pipe, num_inference_steps=2, logp_reduction="sum")
+    assert GRPO(GRPOConfig(), policy).epsilon == 1e-4
+    assert GRPO(GRPOConfig(), joint).epsilon == 0.2
+    assert GRPO(GRPOConfig(epsilon=0.3), policy).epsilon == 0.3
+    assert DPO(DPOConfig(), policy).beta == 5000
+    assert DPO(DPOConfig(score="policy"), policy).beta == 0.1
+    assert DPO(DPOConfig(beta=7.0), policy).beta == 7
+    with pytest.raises(UserError, match=r"delta is 1.00005.* be above 1 \+ epsilon_high, 1.0001"):
+        GRPO(GRPOConfig(delta=1.00005), policy)
+
+
 def test_in_half_precision_the_policy_starts_as_its_reference(
     tmp_path: Path, pipeline_folder: Path
 ) -> None:
@@ -101,11 +155,16 @@ def test_in_half_precision_the_policy_starts_as_its_reference(
     assert line["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
-@pytest.mark.parametrize("method", ["grpo", "dpo"])
+@pytest.mark.parametrize(("family", "method"), [("sd", "grpo"), ("sd", "dpo"), ("dit", "grpo")])
 def test_gradient_checkpointing_changes_nothing(
-    tmp_path: Path, pipeline_folder: Path, method: str
+    tmp_path: Path, pipeline_folder: Path, family: str, method: str
 ) -> None:
-    small = {"train_batch_size": 1} if method != "grpo" else {}
+    small: dict[str, Any] = {"train_batch_size": 1} if method != "grpo" else {}
+    if family == "dit":  # whose label embedding drops labels while it trains
+        pipe, _ = tiny_pipelines.build("dit")
+        pipeline_folder = tmp_path / "pipe"
+        pipe.save_pretrained(pipeline_folder)
+        small = {"prompts": ("classes",), "eval_prompts": ("classes",)}
     for name, on in (("plain", False), ("less", True)):
         config = settings(
             tmp_path / name, pipeline_folder, method=method, gradient_checkpointing=on, **small

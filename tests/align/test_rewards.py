@@ -38,6 +38,7 @@ from nextscale.align.rewards import (
     score,
     set_column,
     set_features,
+    set_score,
 )
 from nextscale.align.rewards.classifier import classifier_reward
 from nextscale.align.rewards.distribution import (
@@ -391,12 +392,68 @@ def test_wrong_set_rewards_are_one_plain_line() -> None:
         VendiReward(reward.features_of).contributions(features).float(),
     )
     reward.features_of = lambda images: images.mean(dim=(2, 3)) / 0
-    with pytest.raises(UserError, match=r"\[5, 3\], 15 of them not finite") as found:
+    with pytest.raises(UserError, match=r"\[5, d\]; 15 are not finite") as found:
         set_features(reward, images, [""] * 5)
     assert found.value.exit_code == 1
     reward.features_of = lambda images: images[9]
     with pytest.raises(UserError, match='"mine" raised IndexError'):
         set_features(reward, images, [""] * 5)
+
+
+@pytest.mark.parametrize("returned", [None, "good", [], [1.0, 2.0], [[0.5]], torch.zeros(0)])
+def test_what_sets_and_pairs_return_is_checked(returned: Any) -> None:
+    class Returns(VendiReward):
+        def features(self, images: Tensor, prompts: Any) -> Any:
+            return returned
+
+        def contributions(self, features: Tensor) -> Any:
+            return returned
+
+        def score_set(self, features: Tensor) -> Any:
+            return returned
+
+    class Compares:
+        name = "mine"
+
+        def compare(self, images: Tensor, prompts: Any) -> Any:
+            return returned
+
+    images, reward = noise(4), Returns(lambda images: images, "mine")
+    calls = (
+        lambda: set_features(reward, images, [""] * 4),
+        lambda: set_column(reward, torch.zeros(4, 3)),
+        lambda: set_score(reward, torch.zeros(4, 3)),
+        lambda: pairwise_column(Compares(), images, [""] * 4, torch.zeros(4, dtype=torch.int64)),
+    )
+    for one in calls:
+        with pytest.raises(UserError, match=r'the reward "mine" must return .*; got') as found:
+            one()
+        assert found.value.exit_code == 1
+
+
+def test_plain_lists_of_numbers_are_fine_for_sets_and_pairs() -> None:
+    class Lists(VendiReward):
+        def features(self, images: Tensor, prompts: Any) -> Any:
+            return [[1.0, 0.0], [0.0, 1.0]]
+
+        def contributions(self, features: Tensor) -> Any:
+            return [1, 2]
+
+        def score_set(self, features: Tensor) -> Any:
+            return 2
+
+    class Compares:
+        name = "mine"
+
+        def compare(self, images: Tensor, prompts: Any) -> Any:
+            return [[0.5, 0.9], [0.1, 0.5]]
+
+    images, reward = noise(2), Lists(lambda images: images, "mine")
+    features = set_features(reward, images, [""] * 2)
+    assert set_column(reward, features).tolist() == [1, 2]
+    assert set_score(reward, features) == 2
+    column = pairwise_column(Compares(), images, [""] * 2, torch.zeros(2, dtype=torch.int64))
+    assert column.tolist() == pytest.approx([0.9, 0.1])
 
 
 def test_frechet_reference_is_a_folder_or_statistics(tmp_path: Path) -> None:
@@ -507,7 +564,7 @@ def test_a_pairwise_reward_becomes_a_column_within_groups() -> None:
         def compare(self, images: Tensor, prompts: Any) -> Tensor:
             return 3 * torch.ones(len(images), len(images))
 
-    with pytest.raises(UserError, match=r"of probabilities, got .* from 3 to 3"):
+    with pytest.raises(UserError, match=r"of probabilities .* got values from 3 to 3"):
         pairwise_column(Odds(), images, [""] * 5, groups)
 
 
@@ -547,8 +604,8 @@ def test_a_trend_is_a_rise_beyond_chance() -> None:
 
     def p_value(values: list[float]) -> float | None:
         trend = RewardTrend()
-        for value in values:
-            trend.update(value)
+        for i, value in enumerate(values):
+            trend.update(i, value)
         copy = RewardTrend()
         copy.load_state_dict(json.loads(json.dumps(trend.state_dict())))
         assert copy.p_value() == trend.p_value()
@@ -565,6 +622,10 @@ def test_a_trend_is_a_rise_beyond_chance() -> None:
     assert p_value([1.0] * 4 + [0.5] + [1.0] * 15) == 1
     assert p_value([0.0] * 10 + [1.0] * 10) == 0
     assert p_value([float(i) for i in range(19)] + [math.nan]) is None
+    again = RewardTrend()
+    for number, value in [*enumerate(rising[0]), (39, -9.0), (39, rising[0][39])]:
+        again.update(number, value)  # a rollout that a resumed run draws again counts once
+    assert again.p_value() == p_value(rising[0])
 
 
 def test_the_monitor_stops_when_held_out_rewards_fall() -> None:

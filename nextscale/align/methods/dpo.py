@@ -25,9 +25,10 @@ class DPOConfig:
     loss_type: str = "sigmoid"
     """sigmoid, sigmoid_norm, hinge, ipo, robust, exo_pair, nca_pair, bco_pair, sppo_hard,
     apo_zero, apo_down or sft."""
-    beta: float = 0.1
-    """Pull towards the reference. With the noised surrogate of diffusion 5000: its scores are
-    -0.5 times a mean squared error (without the 0.5, as in diffusers' script, this is 2500)."""
+    beta: float | None = None
+    """Pull towards the reference; None: 0.1 (trl), or 5000 with the noised surrogate of diffusion,
+    whose scores are -0.5 times a mean squared error (without the 0.5, as in diffusers' script, this
+    is 2500)."""
     f_divergence_type: str = "reverse_kl"
     """reverse_kl, forward_kl, js_divergence or alpha_divergence."""
     f_alpha_divergence_coef: float = 0.5
@@ -60,7 +61,7 @@ class DPOConfig:
             require(f"dpo.{name}", value, value in allowed, f"be one of {', '.join(allowed)}")
         divergence, alpha = self.f_divergence_type, self.f_alpha_divergence_coef
         check_settings(self.loss_type, divergence, alpha, self.label_smoothing)
-        require("dpo.beta", self.beta, self.beta > 0, "be above 0")
+        require("dpo.beta", self.beta, self.beta is None or self.beta > 0, "be above 0")
         require("dpo.rpo_alpha", self.rpo_alpha, self.rpo_alpha >= 0, "be 0 or more")
         require("dpo.margin", self.margin, self.margin >= 0, "be 0 or more")
         require("dpo.pairs_per_group", self.pairs_per_group, self.pairs_per_group > 0, "be above 0")
@@ -78,6 +79,8 @@ class DPO:
 
     def __init__(self, settings: DPOConfig, policy: Policy) -> None:
         self.settings, self.policy = settings, policy
+        noised = policy.kind == "gaussian" and settings.score == "pair"
+        self.beta = settings.beta or (5000.0 if noised else 0.1)
         self.weights = scale_weights(
             policy.units, settings.scale_weight, settings.scale_weight_alpha
         )
@@ -138,14 +141,14 @@ class DPO:
         loss = dpo_loss(
             *sides,
             loss_type=settings.loss_type,
-            beta=settings.beta,
+            beta=self.beta,
             f_divergence_type=settings.f_divergence_type,
             f_alpha_divergence_coef=settings.f_alpha_divergence_coef,
             label_smoothing=settings.label_smoothing,
             rpo_alpha=settings.rpo_alpha,
             weight=weight,
         )
-        return loss, dpo_metrics(*sides, beta=settings.beta, weight=weight)
+        return loss, dpo_metrics(*sides, beta=self.beta, weight=weight)
 
     def scores(
         self, trajectory: Trajectory, generators: Sequence[torch.Generator], network: nn.Module

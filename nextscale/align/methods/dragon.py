@@ -121,14 +121,14 @@ class DRAGON:
             ref_logp,
             torch.arange(len(logp), device=logp.device) < len(pairs),
             mask,
-            beta=self.settings.pair.beta,
+            beta=self.pairs.beta,
             desirable_weight=self.settings.desirable_weight,
             undesirable_weight=self.settings.undesirable_weight,
             weight=experience.weights[examples].repeat(2),
         )
         margin = ((logp - ref_logp) * mask).detach().sum(1)
         chosen, rejected = margin.chunk(2)
-        yield loss, {"rewards/margins": self.settings.pair.beta * float((chosen - rejected).mean())}
+        yield loss, {"rewards/margins": self.pairs.beta * float((chosen - rejected).mean())}
 
 
 # ---- the split -----------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from nextscale.align.experience import Experience, Rollout
 from nextscale.align.methods.method import Loss
 from nextscale.align.objectives.grpo import LEVELS, LOSS_TYPES, aggregate, grpo_loss, grpo_metrics
 from nextscale.align.objectives.kl import k2
-from nextscale.align.rewards.reward import call
+from nextscale.align.rewards.reward import call, numbers
 from nextscale.align.trajectory import Policy, StepEval
 from nextscale.align.units import scale_weights
 from nextscale.errors import UserError, require
@@ -48,9 +48,9 @@ class GRPOConfig:
     """grpo, bnpo, dapo, dr_grpo, cispo, sapo, luspo or vespo."""
     importance_sampling_level: str = "token"
     """token, or sequence: one ratio per sample (GSPO)."""
-    epsilon: float = 0.2
-    """Clip range of the ratio. For diffusion with log-probabilities averaged over dimensions, 1e-4:
-    0.2 would never clip."""
+    epsilon: float | None = None
+    """Clip range of the ratio; None: 0.2 (trl), or 1e-4 for diffusion with log-probabilities
+    averaged over dimensions (DDPO), where 0.2 would never clip."""
     epsilon_high: float | None = None
     """Upper clip range; None: epsilon. DAPO: 0.28."""
     delta: float | None = None
@@ -121,9 +121,6 @@ class GRPOConfig:
         for name in ("beta", "entropy_coef", "std_eps"):
             require(f"grpo.{name}", getattr(self, name), getattr(self, name) >= 0, "be 0 or more")
         require("grpo.std_ddof", self.std_ddof, self.std_ddof in (0, 1), "be 0 or 1")
-        least = 1 + (self.epsilon if self.epsilon_high is None else self.epsilon_high)
-        capped = self.delta is None or self.delta > least
-        require("grpo.delta", self.delta, capped, f"be above 1 + epsilon_high, {least:g}")
         given = not self.scale_weights or max(self.scale_weights) > 0
         require("grpo.scale_weights", self.scale_weights, given, "have a number above 0")
         if self.multi_objective_aggregation == "normalize_then_sum":
@@ -158,6 +155,10 @@ class GRPO:
         token_mask: TokenMask | None = None,
     ) -> None:
         self.settings, self.policy = settings, policy
+        self.epsilon = settings.epsilon or (1e-4 if policy.averaged else 0.2)
+        least = 1 + (settings.epsilon_high or self.epsilon)
+        capped = settings.delta is None or settings.delta > least
+        require("grpo.delta", settings.delta, capped, f"be above 1 + epsilon_high, {least:g}")
         self.token_mask = token_mask
         self.needs_reference = settings.beta > 0
         given = settings.scale_weights or settings.scale_weight
@@ -282,10 +283,11 @@ class GRPO:
         conditions = [prompt.condition for prompt in rollout.prompts]
         found = call("token_mask", token_mask, rollout.trajectory.images, conditions)
         size = (len(conditions), sum(self.policy.units))
-        if found.shape != size or not bool((found >= 0).all()):
+        what = f"weights of 0 or more, {list(size)}, one per token of all scales"
+        found = numbers("token_mask", found, size, what)
+        if not bool((found >= 0).all()):
             raise UserError(
-                f"token_mask must return weights of 0 or more, {list(size)}, one per token of all "
-                f"scales; got {list(found.shape)} from {float(found.min()):g} on"
+                f"token_mask must return {what}; the least is {float(found.min()):g}", exit_code=1
             )
         return found
 
@@ -327,7 +329,7 @@ class GRPO:
         advantages = (advantages * weight[:, None]).expand_as(ev.logp)
         k3 = settings.beta if settings.kl_estimator == "k3" else 0.0
         shared = {
-            "epsilon": settings.epsilon,
+            "epsilon": self.epsilon,
             "epsilon_high": settings.epsilon_high,
             "importance_sampling_level": settings.importance_sampling_level,
             "use_bias_correction_kl": settings.use_bias_correction_kl,

@@ -101,7 +101,7 @@ class DiffusionPolicy:
             settings["guidance_scale"] = guidance_scale
         self.pipe, self.calls = pipe, PipelineCalls(pipe, settings)
         self.autocast, self.batch_size = autocast, batch_size
-        self.baseline = reference
+        self.averaged, self.baseline = logp_reduction == "mean", reference
         with evaluating(self.network), self._precision():
             self.plan: CallPlan = self.calls.plan()
         self.transitions: Transitions = (

@@ -62,6 +62,7 @@ class NextScalePolicy:
     """
 
     kind: Kind = "categorical"
+    averaged = False
 
     def __init__(
         self,

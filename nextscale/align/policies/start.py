@@ -39,6 +39,7 @@ class StartPolicy:
         UserError: For a space that the generator does not have.
     """
 
+    averaged = False  # its own means over dimensions are FIND's to scale
     baseline: Reference | None = None
 
     def __init__(

@@ -17,6 +17,7 @@ from nextscale.align.rewards.reward import (
     SetReward,
     as_reward,
     call,
+    numbers,
 )
 from nextscale.errors import UserError
 
@@ -60,11 +61,12 @@ def set_features(
         UserError: With exit code 1, if the reward raises or returns anything but finite [B, d].
     """
     found = call(reward.name, reward.features, images, prompts)
-    if found.ndim != 2 or len(found) != len(images) or not bool(found.isfinite().all()):
+    what = f"one row of finite features per picture, [{len(images)}, d]"
+    found = numbers(f'the reward "{reward.name}"', found, (len(images), None), what)
+    if not bool(found.isfinite().all()):
         raise UserError(
-            f'the reward "{reward.name}" must return one row of finite features per picture, '
-            f"[{len(images)}, d], got {list(found.shape)}, {int((~found.isfinite()).sum())} of "
-            "them not finite",
+            f'the reward "{reward.name}" must return {what}; {int((~found.isfinite()).sum())} are '
+            "not finite",
             exit_code=1,
         )
     return found
@@ -81,12 +83,10 @@ def set_column(reward: SetReward, features: Float[Tensor, "n d"]) -> Float[Tenso
         UserError: With exit code 1, if the reward raises or returns anything but [n] numbers.
     """
     found = call(reward.name, reward.contributions, features)
-    if found.shape != (len(features),) or bool(found.isinf().any()):
-        raise UserError(
-            f'the reward "{reward.name}" must return one finite contribution per row, '
-            f"[{len(features)}], got {list(found.shape)}",
-            exit_code=1,
-        )
+    what = f"one finite contribution per row, [{len(features)}]"
+    found = numbers(f'the reward "{reward.name}"', found, (len(features),), what)
+    if bool(found.isinf().any()):
+        raise UserError(f'the reward "{reward.name}" must return {what}; got inf', exit_code=1)
     return found.float()
 
 
@@ -94,9 +94,10 @@ def set_score(reward: SetReward, features: Float[Tensor, "n d"]) -> float:
     """A set reward of the whole set.
 
     Raises:
-        UserError: With exit code 1, if the reward raises.
+        UserError: With exit code 1, if the reward raises or returns anything but a number.
     """
-    return float(call(reward.name, reward.score_set, features))
+    found = call(reward.name, reward.score_set, features)
+    return float(numbers(f'the reward "{reward.name}"', found, (), "one number for a whole set"))
 
 
 def preference_scores(preferences: Float[Tensor, "n n"]) -> Float[Tensor, " n"]:
@@ -129,13 +130,13 @@ def pairwise_column(
         own = [prompts[row] for row in rows.tolist()]
         found = call(reward.name, reward.compare, images[rows], own)
         size = len(rows)
-        outside = found.shape != (size, size) or bool(((found < 0) | (found > 1)).any())
-        if outside:
+        what = f"a matrix [{size}, {size}] of probabilities that compares {size} pictures"
+        found = numbers(f'the reward "{reward.name}"', found, (size, size), what)
+        if bool(((found < 0) | (found > 1)).any()):
             raise UserError(
-                f'the reward "{reward.name}" must compare {size} pictures by a matrix '
-                f"[{size}, {size}] of probabilities, got {list(found.shape)} "
-                f"with values from {float(found.min()):g} to {float(found.max()):g}",
+                f'the reward "{reward.name}" must return {what}; got values from '
+                f"{float(found.min()):g} to {float(found.max()):g}",
                 exit_code=1,
             )
-        column[rows] = preference_scores(found).to(column)
+        column[rows] = preference_scores(found.to(column))
     return column

@@ -143,12 +143,12 @@ class RewardTrend:
     def __init__(self, least: int = 20) -> None:
         require("least", least, least >= 10, "be 10 or more")
         self.least = least
-        self._means: list[float] = []
+        self._means: dict[int, float] = {}
 
-    def update(self, reward: float) -> None:
-        """Take the mean reward of a rollout; a NaN is left out."""
+    def update(self, rollout: int, reward: float) -> None:
+        """Take the mean reward of a rollout, by its number; a NaN is left out."""
         if not math.isnan(reward):
-            self._means.append(float(reward))
+            self._means[rollout] = float(reward)
 
     def p_value(self) -> float | None:
         """Probability that chance makes such a rise; None: too few rollouts."""
@@ -157,7 +157,8 @@ class RewardTrend:
         count = len(self._means)
         if count < self.least:
             return None
-        first, last = self._means[: count // 5], self._means[count // 2 :]
+        means = [mean for _, mean in sorted(self._means.items())]
+        first, last = means[: count // 5], means[count // 2 :]
         if len(set(first)) == len(set(last)) == 1:
             return float(last[0] <= first[0])
         with warnings.catch_warnings():  # of rewards that are nearly all equal
@@ -167,8 +168,8 @@ class RewardTrend:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, for JSON."""
-        return {"means": list(self._means)}
+        return {"means": sorted(self._means.items())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict`."""
-        self._means = list(state["means"])
+        self._means = dict(state["means"])

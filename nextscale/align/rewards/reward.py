@@ -286,6 +286,33 @@ def call(name: str, function: Callable[..., Any], *given: Any) -> Any:
         ) from error
 
 
+def numbers(name: str, values: Any, shape: Sequence[int | None], what: str) -> Tensor:
+    """A tensor of what someone's code returned.
+
+    Args:
+        name: Of the code.
+        values: What it returned.
+        shape: What it must have; None: any size.
+        what: The same in words.
+
+    Raises:
+        UserError: With exit code 1, for anything else.
+    """
+    try:
+        found = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{name} must return {what}; got a {type(values).__name__} ({_first_line(error)})",
+            exit_code=1,
+        ) from error
+    sizes = list(found.shape)
+    if len(sizes) != len(shape) or any(
+        n not in (None, own) for n, own in zip(shape, sizes, strict=True)
+    ):
+        raise UserError(f"{name} must return {what}; got the shape {sizes}", exit_code=1)
+    return found
+
+
 def _takes_metadata(function: Callable[..., Any], name: str) -> bool:
     try:
         signature = inspect.signature(function)
