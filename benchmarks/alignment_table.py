@@ -1,11 +1,16 @@
-"""GRPO, DPO, RAFT, FIND, B2-DiffuRL and DRAGON on one budget of drawn samples.
+"""The alignment methods on one budget of drawn samples, and what each is for.
 
-    python benchmarks/alignment_table.py
+    python benchmarks/alignment_table.py --suite table
 
-Each row is a shipped recipe, cut to --rollouts rollouts of 192 pictures at a constant learning rate
-that was chosen for the method, with the checker as reward; each run is a process of its own, for
-its peak memory. Measured on benchmark captions before and after with equal seeds. Runs that are in
---output_dir are read, not run: an interrupted series goes on, and `--rows` and `--seeds` choose.
+Suites: `table` compares all methods on the checker; `sparse` compares B2-DiffuRL and GRPO on all
+statements or nothing; `sets` trains on properties of sets, and on single pictures for comparison;
+`find` trains starts, for known captions or any, for more and more rollouts.
+
+Each row is a shipped recipe, cut to --rollouts rollouts of 192 pictures at a constant learning
+rate; each run is a process of its own, for its peak memory. Measured on benchmark captions before
+and after with equal seeds. Runs that are in --output_dir are read, not run: an interrupted series
+goes on, and `--rows` and `--seeds` choose. Writes benchmarks/results/alignment_SUITE.json and the
+rollouts' rewards against samples drawn as docs/images/alignment_SUITE.png.
 """
 
 from __future__ import annotations
@@ -24,43 +29,69 @@ from typing import Any
 import torch
 from sampling import _cpu_name
 
+from nextscale.data.benchmark import training_captions
+
 SAMPLES = 192  # of a rollout, of every method
-PAIRS = "--num_prompts 24 --train_batch_size 8 --gradient_accumulation_steps 3"
+KNOWN = 24  # captions that the per-caption start of FIND learns
+RATE = "--learning_rate 2.5e-5"
 CHECKER = "--reward_funcs checker checker_statements --reward_weights 1 1"
-ROWS = {
-    "GRPO": "--config grpo-scenes --learning_rate 2.5e-5",
-    "DPO": f"--config dpo-scenes --learning_rate 2e-5 {PAIRS}",
-    "RAFT": f"--config raft-scenes --learning_rate 2e-5 {PAIRS}",
-    "FIND": "--config find-scenes --learning_rate 1e-3",
-    "B2-DiffuRL": f"--config b2-scenes --learning_rate 2e-5 --b2.stage_rollouts 6 {CHECKER}",
-    "DRAGON": f"--config dragon-scenes --learning_rate 2e-5 {CHECKER}",
+VERDICT = "--reward_funcs checker --reward_weights 1 --prompts scenes:hard"
+B2 = f"--config b2-scenes --b2.stage_rollouts 6 {RATE}"
+FIND = "--config find-scenes --learning_rate 1e-3"
+SUITES: dict[str, dict[str, str]] = {
+    "table": {
+        "GRPO": f"--config grpo-scenes {RATE}",
+        "DPO": f"--config dpo-scenes {RATE}",
+        "RAFT": f"--config raft-scenes {RATE}",
+        "FIND": FIND,
+        "B2-DiffuRL": f"{B2} {CHECKER}",
+        "DRAGON": f"--config dragon-scenes {RATE} {CHECKER}",
+    },
+    "sparse": {"GRPO": f"--config grpo-scenes {RATE} {VERDICT}", "B2-DiffuRL": f"{B2} {VERDICT}"},
+    "sets": {
+        "DRAGON, Fréchet": f"--config dragon-scenes {RATE} --reward_funcs frechet:scenes "
+        "--reward_weights 1",
+        "GRPO, nearness of each picture": f"--config grpo-scenes {RATE} --reward_funcs "
+        "frechet_instance:scenes --reward_weights 1",
+        "DRAGON, Vendi": f"--config dragon-scenes {RATE} --reward_funcs vendi --reward_weights 1",
+    },
+    "find": {
+        f"{name}, {count} rollouts": f"{FIND} {flags} --max_train_steps {count}"
+        for name, flags in {
+            "any caption": "--eval_prompts KNOWN benchmark:hard",
+            "known captions": "--prompts KNOWN --eval_prompts KNOWN --find.amortised false "
+            "--learning_rate 1e-1",
+        }.items()
+        for count in (10, 20, 40, 80)
+    },
 }
 
 
-def flags_of(name: str, seed: int, options: argparse.Namespace) -> list[str]:
-    """The command behind `nextscale align`."""
+def flags_of(row: str, seed: int, options: argparse.Namespace) -> list[str]:
+    """The command behind `nextscale align`; what the row says comes last and holds."""
     shared: dict[str, Any] = {
         "trend_p_value": "none",  # a row shows what came out, whatever it is
         "lr_scheduler": "constant",
         "lr_warmup_steps": 5,
         "max_train_steps": options.rollouts,
+        "logging_steps": 2,
         "num_validation_prompts": 0,
-        "checkpointing_steps": options.rollouts,
+        "checkpointing_steps": "none",
         "num_eval_prompts": options.prompts,
         "num_eval_images": 2,
         "seed": seed,
     }
     flags = [part for key, value in shared.items() for part in (f"--{key}", str(value))]
-    return [*ROWS[name].split(), *flags]
+    known = str(Path(options.output_dir, "known.txt"))
+    return [*flags, *row.replace("KNOWN", known).split()]
 
 
 def run(folder: Path, flags: list[str]) -> None:
     """One run, its log and, once it is whole, its peak memory in its folder."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    first = next(folder.parent.glob("*/before.safetensors"), None)
-    if first is not None:  # the base draws the same again
-        shutil.copy(first, folder)
+    for first in sorted(folder.parent.glob("*/before.safetensors"))[:1]:
+        shutil.copy(first, folder)  # the base draws the same again; other captions are drawn anew
     command = [sys.executable, "-m", "nextscale", "align", *flags, "--output_dir", str(folder)]
     with (folder / "run.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
@@ -75,16 +106,39 @@ def read(folder: Path) -> dict[str, Any]:
     record = json.loads((folder / "report.json").read_text())
     found: dict[str, Any] = {}
     for source, part in record["prompts"].items():
-        name = source.removeprefix("benchmark:")
+        name = source.removeprefix("benchmark:").rpartition("/")[2]
+        measured = {**part["rewards"], "vendi_within_prompt": part["vendi_within_prompt"]}
         for side in ("before", "after"):
-            found[f"{name}/accuracy/{side}"] = part["rewards"]["checker"][side]["value"]
-            found[f"{name}/vendi/{side}"] = part["vendi_within_prompt"][side]["value"]
+            for reward, value in measured.items():
+                found[f"{name}/{reward}/{side}"] = value[side]["value"]
             found[f"{name}/fd_scenes/{side}"] = part["fd_scenes"][side]["value"]
-        found[f"{name}/accuracy/ci95"] = part["rewards"]["checker"]["difference"]["ci95"]
+        for reward, value in part["rewards"].items():
+            found[f"{name}/{reward}/ci95"] = (value["difference"] or {}).get("ci95")
     found["kl"] = record["kl"]["total"]
     found["minutes"] = record["minutes"]
     found["peak_memory_mb"] = int((folder / "peak_memory_kb").read_text()) // 1024
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    found["rollouts"] = [line["reward"] for line in lines if "reward" in line]
     return found
+
+
+def plot(rows: dict[str, Any], path: Path) -> None:
+    """Mean reward of the rollouts against samples drawn, one line per row, each seed beside it."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for number, (name, row) in enumerate(rows.items()):
+        curves = [run["rollouts"] for run in row["runs"].values()]
+        samples = [2 * SAMPLES * (i + 1) for i in range(len(curves[0]))]
+        for curve in curves:
+            axes.plot(samples, curve, color=f"C{number}", alpha=0.25)
+        mean = [statistics.mean(values) for values in zip(*curves, strict=True)]
+        axes.plot(samples, mean, color=f"C{number}", label=name)
+    axes.set(xlabel="samples drawn", ylabel="mean reward of the rollouts")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, str]:
@@ -99,19 +153,28 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--suite", default="table", choices=list(SUITES))
+    parser.add_argument("--rows", nargs="+", help="some rows of the suite; otherwise all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 100_000, 200_000])
     parser.add_argument("--rollouts", type=int, default=40)
     parser.add_argument("--prompts", type=int, default=250, help="benchmark captions of each kind")
     parser.add_argument("--output_dir", default="runs/alignment_table")
-    parser.add_argument("--output", default="benchmarks/results/alignment_table.json")
+    parser.add_argument("--output", help="otherwise benchmarks/results/alignment_SUITE.json")
+    parser.add_argument("--plot", help="otherwise docs/images/alignment_SUITE.png")
     options = parser.parse_args()
-    output = Path(options.output)
+    suite = SUITES[options.suite]
+    names = options.rows or list(suite)
+    if unknown := set(names) - set(suite):
+        parser.error(f"--rows {', '.join(unknown)}: the suite has {', '.join(suite)}")
+    output = Path(options.output or f"benchmarks/results/alignment_{options.suite}.json")
+    Path(options.output_dir).mkdir(parents=True, exist_ok=True)
+    captions = list(dict.fromkeys(training_captions("hard", 2 * KNOWN)))[:KNOWN]
+    Path(options.output_dir, "known.txt").write_text("\n".join(captions))
     table: dict[str, Any] = json.loads(output.read_text())["rows"] if output.is_file() else {}
     for seed in options.seeds:
-        for name in options.rows:
-            folder = Path(options.output_dir, f"{name.lower()}_{seed}")
-            flags = flags_of(name, seed, options)
+        for name in names:
+            folder = Path(options.output_dir, f"{options.suite} {name} {seed}".replace(" ", "_"))
+            flags = flags_of(suite[name], seed, options)
             if not (folder / "peak_memory_kb").is_file():
                 run(folder, flags)
             row = table.setdefault(name, {})
@@ -120,7 +183,7 @@ def main() -> None:
             row["summary"] = summary(list(row["runs"].values()))
             print(name, seed, json.dumps(row["runs"][str(seed)]), flush=True)
             result = {
-                "command": "python benchmarks/alignment_table.py "
+                "command": f"python benchmarks/alignment_table.py --suite {options.suite} "
                 f"--rollouts {options.rollouts} --prompts {options.prompts}",
                 "samples_drawn": options.rollouts * SAMPLES,
                 "hardware": _cpu_name(),
@@ -129,6 +192,7 @@ def main() -> None:
                 "rows": table,
             }
             output.write_text(json.dumps(result, indent=1) + "\n")
+    plot(table, Path(options.plot or f"docs/images/alignment_{options.suite}.png"))
 
 
 if __name__ == "__main__":

@@ -192,7 +192,7 @@ class AlignConfig(TrainingConfig):
         if self.num_generations < 2 and self.pairs is None:
             raise UserError(
                 f"num_generations is {self.num_generations}: a group of one has nothing to be "
-                "compared with. Use 4 or more"
+                "compared with. Use 2 or more, 8 is usual"
             )
         if self.pairs is not None and self.method != "dpo":
             raise UserError(f"pairs are for method dpo, not {self.method}")

@@ -22,7 +22,7 @@ from nextscale.align.policies.start import StartPolicy
 from nextscale.align.prompts import Prompt, open_prompts
 from nextscale.align.references import Given
 from nextscale.align.rewards import score
-from nextscale.align.rewards.reward import AnyReward, SetReward
+from nextscale.align.rewards.reward import UNBOUNDED, AnyReward, CheckedReward, SetReward
 from nextscale.align.tables import compare, markdown
 from nextscale.align.trajectory import Policy
 from nextscale.data.images import to_uint8
@@ -126,7 +126,8 @@ class Report:
                 before, after, own = before[:1], after[:1], None
             else:
                 own = groups
-            found[reward.name] = compare(before, after, own)
+            limits = reward.range if isinstance(reward, CheckedReward) else UNBOUNDED
+            found[reward.name] = compare(before, after, own, limits)
         return found
 
     def _of_sets(self, sides: dict[str, Tensor]) -> dict[str, Any]:
@@ -247,11 +248,13 @@ def grid(
     step: int,
     images: Float[Tensor, "b 3 H W"],
     prompts: Sequence[Prompt],
-    rewards: Float[Tensor, " b"],
+    rewards: Float[Tensor, " b"] | None,
 ) -> None:
-    """A sheet of the first pictures with their rewards, `samples/step_STEP.png`."""
-    pairs = zip(prompts, rewards.tolist(), strict=True)
-    captions = [f"{prompt.condition} ({value:.3g})" for prompt, value in pairs]
+    """A sheet of the first pictures with their rewards, if any, `samples/step_STEP.png`."""
+    captions = [str(prompt.condition) for prompt in prompts]
+    if rewards is not None:
+        pairs = zip(captions, rewards.tolist(), strict=True)
+        captions = [f"{caption} ({value:.3g})" for caption, value in pairs]
     path = Path(output_dir, "samples", f"step_{step:08d}.png")
     save_grid(images[:_GRID], path, captions=captions[:_GRID])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,7 +12,10 @@ from torch import Tensor
 
 
 def compare(
-    before: Float[Tensor, " n"], after: Float[Tensor, " n"], groups: Int[Tensor, " n"] | None
+    before: Float[Tensor, " n"],
+    after: Float[Tensor, " n"],
+    groups: Int[Tensor, " n"] | None,
+    limits: tuple[float, float] = (-math.inf, math.inf),
 ) -> dict[str, Any]:
     """Means with 95 % intervals, and their paired difference.
 
@@ -21,6 +25,7 @@ def compare(
         before: One value per picture; NaN on either side leaves the picture out.
         after: Of the same prompts and seeds.
         groups: Prompt of each picture; None: every value is one.
+        limits: Lowest and highest value there can be; intervals end there.
 
     Returns:
         "before", "after" and "difference", each with value and ci95; for values of 0 and 1 also
@@ -32,9 +37,11 @@ def compare(
     before, after = before[valid].double(), after[valid].double()
     groups = torch.arange(len(before)) if groups is None else groups[valid]
     found: dict[str, Any] = {
-        "before": _interval(before, groups),
-        "after": _interval(after, groups),
-        "difference": _interval(after - before, groups),
+        "before": _interval(before, groups, limits),
+        "after": _interval(after, groups, limits),
+        "difference": _interval(
+            after - before, groups, (limits[0] - limits[1], limits[1] - limits[0])
+        ),
         "n": len(before),
     }
     binary = torch.cat([before, after])
@@ -45,7 +52,7 @@ def compare(
     return found
 
 
-def _interval(values: Tensor, groups: Tensor) -> dict[str, Any]:
+def _interval(values: Tensor, groups: Tensor, limits: tuple[float, float]) -> dict[str, Any]:
     """Mean and 95 % interval over means of groups."""
     numbers = groups.unique(return_inverse=True)[1]
     sums = values.new_zeros(int(numbers.max()) + 1)
@@ -55,7 +62,8 @@ def _interval(values: Tensor, groups: Tensor) -> dict[str, Any]:
     if len(means) < 2:
         return {"value": mean, "ci95": None}
     half = float(stats.t.ppf(0.975, len(means) - 1) * means.std() / len(means) ** 0.5)
-    return {"value": mean, "ci95": [mean - half, mean + half]}
+    low, high = max(mean - half, limits[0]), min(mean + half, limits[1])
+    return {"value": mean, "ci95": [low, high]}
 
 
 def markdown(record: dict[str, Any]) -> str:
@@ -89,7 +97,8 @@ def _rows(found: dict[str, Any]) -> list[str]:
     for metric in ("fd_scenes", "fid"):
         if metric in found:
             sides = [found[metric][side] for side in ("before", "after")]
-            cells = [f"{s['value']:.3f} ± {s['se'] or 0:.3f}" for s in sides]
+            errors = ["" if s["se"] is None else f" ± {s['se']:.3f}" for s in sides]
+            cells = [f"{s['value']:.3f}{e}" for s, e in zip(sides, errors, strict=True)]
             lines.append(f"| {metric} | {cells[0]} | {cells[1]} | |")
     return lines
 

@@ -64,7 +64,7 @@ class Online:
         self.steps = config.num_iterations * self.size // batch
         every = config.checkpointing_steps
         self.checkpointing_steps = every and math.ceil(every / self.steps) * self.steps
-        self.number, self.experience = -1, None
+        self.number, self.experience, self.scored = -1, None, False
         self.trend = RewardTrend()
 
     def _advice(self) -> str:
@@ -72,7 +72,24 @@ class Online:
             at_once = self.config.train_batch_size * steps * processes.world_size()
             if self.size % at_once == 0:
                 return f"with gradient_accumulation_steps {steps} it does"
-        return f"choose divisors of {self.size}"
+        share = self.size // processes.world_size()
+        if self.size % processes.world_size():
+            return f"choose divisors of {self.size}"
+        most = max(n for n in range(1, self.config.train_batch_size + 1) if share % n == 0)
+        return f"with train_batch_size {most} and gradient_accumulation_steps 1 it does"
+
+    def check(self) -> None:
+        """Refuse a run that no reward has taught anything.
+
+        Raises:
+            UserError: With exit code 1, if no sample of its rollouts could be scored.
+        """
+        if self.number >= 0 and not self.scored:
+            raise UserError(
+                "the rewards could score no sample of any rollout: nothing was trained, no model is "
+                "saved. Check that the prompts and metadata are what they read",
+                exit_code=1,
+            )
 
     def conditions(self) -> list[str | int]:
         """Everything that rollouts may draw."""
@@ -117,6 +134,7 @@ class Online:
             branch=self.method.branch(),
             model_version=step,
         )
+        self.scored |= bool((~rollout.total.isnan()).any())
         metrics = rollout_metrics(rollout)
         counted = [r for w, r in zip(self.weights, self.rewards, strict=True) if w]
         if not any(isinstance(reward, PairwiseReward) for reward in counted):
@@ -184,6 +202,9 @@ class Offline:
         self.resolution = model.resolution
         self.trend = RewardTrend()  # given pairs have no rollouts
         self.checkpointing_steps = config.checkpointing_steps
+
+    def check(self) -> None:
+        """Given pairs always teach."""
 
     def conditions(self) -> list[str | int]:
         """Those of all pairs."""

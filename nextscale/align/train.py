@@ -136,6 +136,7 @@ def _align(
             raise
         message = f"{str(error).rstrip('.')}. Last checkpoint: {last}"
         raise UserError(message, exit_code=error.exit_code) from error
+    task.check()
     final = result.modules["policy"]
     if "policy" in result.ema_modules:
         final.load_state_dict(result.ema_modules["policy"].state_dict())

@@ -62,7 +62,7 @@ class Watcher:
     def _watch(self, network: nn.Module, step: int) -> dict[str, float]:
         values = self._measure(network, step)
         held_out = {r.name: values[f"held_out/{r.name}"] for r in self.held_out}
-        if held_out:
+        if held_out and self.rewards:
             self._stop = self.monitor.update(values["reward"], held_out)
         return values
 
@@ -81,7 +81,7 @@ class Watcher:
         images = self.model.draw(network, conditions, seeds)
         columns = score_all([*self.rewards, *self.held_out], images, self.prompts)
         total = combine(columns[:, : len(self.rewards)], self.weights, self.config.reward_mode)
-        values = {"reward": float(total.nanmean())}
+        values = {"reward": float(total.nanmean())} if self.rewards else {}
         for k, reward in enumerate(self.rewards):
             values[f"rewards/{reward.name}/mean"] = float(columns[:, k].nanmean())
         for k, reward in enumerate(self.held_out, len(self.rewards)):
@@ -89,7 +89,8 @@ class Watcher:
         # A reward may answer one process and not another; all of them must stop alike.
         values = processes.gather(values)[0]
         if processes.is_main():
-            grid(self.config.output_dir, step, images, self.prompts, total)
+            shown = total if self.rewards else None
+            grid(self.config.output_dir, step, images, self.prompts, shown)
         return values
 
 

@@ -52,9 +52,11 @@ def run(command: str, arguments: list[str]) -> int:
         if rows:
             table(("prompts", "reward", "before", "after"), rows)
         minutes = result.fit.seconds / 60
+        left = ["model" if result.kept else "the model as it was"]
+        left += ["report.md"] if record else []
+        left += ["samples"] if config.num_validation_prompts else []
         output.say(
-            f"{result.fit.steps} steps in {minutes:.1f} minutes; "
-            f"{'model' if result.kept else 'the model as it was'}, report.md and samples in "
+            f"{result.fit.steps} steps in {minutes:.1f} minutes of training; {', '.join(left)} in "
             f"{config.output_dir}"
         )
     return 0

@@ -679,7 +679,10 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train_batch_size": 6}, "does not divide; choose divisors of 16"),
+        (
+            {"train_batch_size": 6},
+            "does not divide; with train_batch_size 4 and gradient_accumulation_steps 1 it does",
+        ),
         ({"num_generations": 1}, "a group of one has nothing to be compared with"),
         (
             {"gradient_accumulation_steps": 5},
@@ -817,6 +820,18 @@ def test_a_pair_file_with_missing_pictures_names_them(tmp_path: Path, model_fold
     config = settings(tmp_path / "run", model_folder, method="dpo", pairs=str(path))
     with pytest.raises(UserError, match="2 pictures are missing"):
         align(config, progress=False)
+
+
+def test_a_run_that_nothing_could_score_fails(tmp_path: Path, model_folder: Path) -> None:
+    config = settings(tmp_path / "run", model_folder, reward_funcs=(), max_train_steps=2)
+
+    def silent(images: Tensor, prompts: Sequence[Any]) -> Tensor:
+        return images.mean((1, 2, 3)) * torch.nan
+
+    with pytest.raises(UserError, match="could score no sample of any rollout") as found:
+        align(config, rewards={"silent": silent}, progress=False)
+    assert found.value.exit_code == 1
+    assert not (tmp_path / "run" / "model").exists()
 
 
 def failing(images: Tensor, prompts: Sequence[Any]) -> Tensor:

@@ -89,7 +89,10 @@ def open_reward(
     if kind not in REWARDS:
         near = difflib.get_close_matches(kind.lower(), REWARDS, n=3)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
-        raise UserError(f'there is no reward "{kind}".{hint} Choose from {", ".join(REWARDS)}.')
+        raise UserError(
+            f'there is no reward "{kind}".{hint} Choose from {", ".join(REWARDS)}; your own '
+            "functions are given in Python, align(rewards=...), or served at http://"
+        )
     if colon and not argument:
         raise UserError(f'the reward "{name}" has nothing behind its colon')
     return REWARDS[kind](argument or None, Opening(device, download, timeout, retries))
