@@ -86,7 +86,7 @@ class Online:
         """
         if self.number >= 0 and not self.scored:
             raise UserError(
-                "the rewards could score no sample of any rollout: nothing was trained, no model is "
+                "the rewards could score no sample of any rollout: nothing was trained, nothing is "
                 "saved. Check that the prompts and metadata are what they read",
                 exit_code=1,
             )

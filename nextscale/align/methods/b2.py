@@ -28,7 +28,8 @@ _FIRST = {"gaussian": 0.7, "categorical": 0.5}  # share of the steps in the firs
 
 @dataclass(frozen=True, kw_only=True)
 class B2Config:
-    """Settings of B2-DiffuRL; defaults of the released code but for `num_stages`."""
+    """Settings of B2-DiffuRL; defaults of the released code but for `num_stages` and
+    `loss.epsilon`."""
 
     num_branches: int = 4
     """Completions of each prefix, `split_time` (3 in the released configuration, 5 in its script).
@@ -57,9 +58,9 @@ class B2Config:
     """beta_1, of advantages above 0."""
     negative_weight: float = 1.0
     """beta_2, of the others."""
-    loss: GRPOConfig = field(default_factory=lambda: GRPOConfig(epsilon=0.1, advantage_clip=5.0))
-    """The clipped loss of the interval; an epsilon of 0.1 never clips where log-probabilities are
-    means over latent dimensions, 1e-4 does."""
+    loss: GRPOConfig = field(default_factory=lambda: GRPOConfig(advantage_clip=5.0))
+    """The clipped loss of the interval. The epsilon of 0.1 of the released code never clips: its
+    log-probabilities are means over latent dimensions."""
 
     def __post_init__(self) -> None:
         require("b2.num_branches", self.num_branches, self.num_branches > 1, "be above 1")
