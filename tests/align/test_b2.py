@@ -48,7 +48,7 @@ def rollout(policy: NextScalePolicy, method: B2, prompts: int = 3, size: int = 2
 
 def of_steps(count: int) -> Any:
     """Something with so many denoising steps."""
-    return SimpleNamespace(kind="gaussian", num_steps=count, units=(1,) * count)
+    return SimpleNamespace(averaged=True, kind="gaussian", num_steps=count, units=(1,) * count)
 
 
 def test_the_interval_grows_as_in_the_paper() -> None:

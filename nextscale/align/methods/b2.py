@@ -28,8 +28,7 @@ _FIRST = {"gaussian": 0.7, "categorical": 0.5}  # share of the steps in the firs
 
 @dataclass(frozen=True, kw_only=True)
 class B2Config:
-    """Settings of B2-DiffuRL; defaults of the released code but for `num_stages` and
-    `loss.epsilon`."""
+    """Settings of B2-DiffuRL; defaults as released but for `num_stages` and `loss.epsilon`."""
 
     num_branches: int = 4
     """Completions of each prefix, `split_time` (3 in the released configuration, 5 in its script).
