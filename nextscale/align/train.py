@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nextscale import processes
+from nextscale import processes, storage
 from nextscale.align.config import AlignConfig
 from nextscale.align.methods import METHODS, Method
 from nextscale.align.methods.dpo import DPO
@@ -25,6 +25,7 @@ from nextscale.align.report import Report, make_report
 from nextscale.align.rewards import normalized, open_reward
 from nextscale.align.rewards.reward import AnyReward, CheckedReward, named
 from nextscale.align.start_model import open_starts
+from nextscale.align.tables import markdown
 from nextscale.align.tasks import Offline, Online
 from nextscale.align.watcher import Watcher, hold_out
 from nextscale.errors import UserError
@@ -32,6 +33,7 @@ from nextscale.training import FitResult, adamw, decay_groups, fit, latest_check
 from nextscale.training.session import Stateful
 
 logger = logging.getLogger(__name__)
+_TUNING = "## Tuning"
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,28 @@ def _align(
         model.save(final, Path(config.output_dir) / "model")
     if report is not None:
         report.finish(final, result, trend={"p_value": p_value, "kept": kept})
+    if processes.is_main():
+        _add_to_card(config, report)
     return AlignResult(result, report, kept, p_value)
+
+
+def _add_to_card(config: AlignConfig, report: Report | None) -> None:
+    """What the saved model was made of, beside what kind of model it is."""
+    folder = Path(config.output_dir, "model")
+    card = folder / "README.md"
+    known = card.read_text(encoding="utf-8") if card.is_file() else ""
+    is_folder = Path(config.model).is_dir()
+    name = storage.short_name(config.model) if is_folder else config.model
+    lines = [
+        f"Tuned from `{name}` by `nextscale align --method {config.method}`.",
+        f"Rewards: {', '.join(config.reward_funcs) or 'own functions or given pairs'}.",
+        f"Prompts: {', '.join(config.prompts)}. Seed {config.seed}.",
+    ]
+    text = "\n".join([_TUNING, "", *lines, ""])
+    if report is not None:
+        text += f"\n{markdown(report.record)}"
+    before = known.partition(_TUNING)[0].rstrip()  # of an earlier run, if it was tuned before
+    storage.write_bytes(card, f"{before}\n\n{text}".lstrip().encode())
 
 
 def _with_prompts(config: AlignConfig, model: AlignModel) -> AlignConfig:

@@ -31,7 +31,7 @@ from nextscale.align.tables import compare
 from nextscale.align.watcher import hold_out
 from nextscale.errors import UserError
 from nextscale.pipeline import NextScalePipeline
-from nextscale.storage import read_tensors
+from nextscale.storage import read_tensors, short_name
 from nextscale.tokenizers import MultiscaleVQ
 from nextscale.var import NextScaleTransformer, SamplingConfig
 from nextscale.var.model_folder import save_model
@@ -799,6 +799,9 @@ def test_prompts_are_found_for_models_of_classes_and_for_pairs(
     align(settings(tmp_path / "run", model_folder, **nothing, **shown), progress=False)
     recipe = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
     assert recipe["prompts"] == recipe["eval_prompts"] == ["classes"]
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert f"Tuned from `{short_name(model_folder)}` by `nextscale align --method grpo`" in card
+    assert "| classes, 2 prompts | before | after | difference |" in card
     for name in ("a", "b"):
         Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
     path = tmp_path / "pairs.jsonl"
