@@ -139,7 +139,9 @@ class Report:
         if self.config.num_eval_images > 1:
             groups = self._groups(sides)
             within = {n: _vendi_within(_features(network, x), groups) for n, x in sides.items()}
-            found["vendi_within_prompt"] = compare(within["before"], within["after"], None)
+            found["vendi_within_prompt"] = compare(
+                within["before"], within["after"], None, (1.0, float(self.config.num_eval_images))
+            )
         if reference is not None:
             from nextscale.eval import evaluate
 
