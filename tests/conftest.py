@@ -21,6 +21,7 @@ from hypothesis import settings
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from nextscale import processes
 from nextscale.tokenizers import MultiscaleVQ, TokenizerConfig
 from nextscale.var import ClassConditioner, Conditioner, NextScaleTransformer, TransformerConfig
 
@@ -39,8 +40,10 @@ CLASSES, VOCABULARY, CHANNELS, WIDTH = 5, 32, 8, 32
 
 
 @pytest.fixture(autouse=True)
-def log_restored() -> Iterator[None]:
-    """A command that a test runs in this process sets up the log: not for the next test."""
+def process_restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A command that a test runs in this process leaves nothing behind for the next test."""
+    # Meant for the process of one command: that of many tests would grow to 16 GB.
+    monkeypatch.setattr(processes, "keep_freed_memory", lambda: None)
     logger = logging.getLogger("nextscale")
     level, handlers = logger.level, logger.handlers[:]
     yield

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from nextscale import processes
 from nextscale.cli import main
 from nextscale.data.captions import VOCABULARY
 from nextscale.pipeline import NextScalePipeline
@@ -94,10 +93,8 @@ Run = Callable[..., Result]
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
     """Call the command line in this process."""
-    # Meant for the process of one command: that of many tests would grow to 10 GB.
-    monkeypatch.setattr(processes, "keep_freed_memory", lambda: None)
 
     def call(*words: str | int | float | Path) -> Result:
         capsys.readouterr()
