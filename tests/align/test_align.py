@@ -467,7 +467,12 @@ def test_a_token_mask_says_which_tokens_learn(policy: NextScalePolicy) -> None:
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (lambda images, prompts: torch.ones(2, 3), r"must return weights.*\[6, 30\].*got \[2, 3\]"),
+        (
+            lambda images, prompts: torch.ones(2, 3),
+            r"must return weights.*\[6, 30\].*got .*\[2, 3\]",
+        ),
+        (lambda images, prompts: [[1.0, "a"]], r"must return weights.*\[6, 30\].*got a list"),
+        (lambda images, prompts: -torch.ones(6, 30), "must return weights.*the least is -1"),
         (lambda images, prompts: 1 / 0, "token_mask.*ZeroDivisionError"),
     ],
 )
@@ -475,6 +480,14 @@ def test_a_bad_token_mask_is_named(policy: NextScalePolicy, mask: Any, message: 
     method = GRPO(GRPOConfig(), policy, mask)
     with pytest.raises(UserError, match=message):
         method.learn(rollout(policy, method))
+
+
+def test_a_cap_within_the_clip_range_is_refused(policy: NextScalePolicy) -> None:
+    with pytest.raises(UserError, match="delta is 1.1, but must be above 1 . epsilon_high, 1.2"):
+        GRPO(GRPOConfig(delta=1.1), policy)
+    with pytest.raises(UserError, match="be above 1 . epsilon_high, 1.5"):
+        GRPO(GRPOConfig(delta=1.3, epsilon_high=0.5), policy)
+    GRPO(GRPOConfig(delta=1.1, epsilon=0.05), policy)
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "exact"])
@@ -728,7 +741,6 @@ def test_what_does_not_fit_is_refused_before_the_first_step(
         ("grpo", {"chunk_steps": -1}, "grpo.chunk_steps is -1, but must be above 0"),
         ("grpo", {"advantage_clip": -1.0}, "grpo.advantage_clip is -1"),
         ("grpo", {"epsilon_high": -5.0}, "grpo.epsilon_high is -5"),
-        ("grpo", {"delta": 1.1}, "be above 1 . epsilon_high, 1.2"),
         ("grpo", {"std_ddof": 5}, "be 0 or 1"),
         ("grpo", {"scale_weights": (0.0, 0.0)}, "have a number above 0"),
         ("grpo", {"credit": "vmr", "multi_objective_aggregation": "normalize_then_sum"}, "credit"),
