@@ -483,9 +483,9 @@ def test_a_bad_token_mask_is_named(policy: NextScalePolicy, mask: Any, message: 
 
 
 def test_a_cap_within_the_clip_range_is_refused(policy: NextScalePolicy) -> None:
-    with pytest.raises(UserError, match="delta is 1.1, but must be above 1 . epsilon_high, 1.2"):
+    with pytest.raises(UserError, match=r"delta is 1.1, but must be above 1 . epsilon_high, 1.2"):
         GRPO(GRPOConfig(delta=1.1), policy)
-    with pytest.raises(UserError, match="be above 1 . epsilon_high, 1.5"):
+    with pytest.raises(UserError, match=r"be above 1 . epsilon_high, 1.5"):
         GRPO(GRPOConfig(delta=1.3, epsilon_high=0.5), policy)
     GRPO(GRPOConfig(delta=1.1, epsilon=0.05), policy)
 
