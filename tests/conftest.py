@@ -137,17 +137,17 @@ def without_shape_checks() -> Iterator[None]:
 
 @pytest.fixture
 def repeat_with_two_processes() -> Callable[[str, Path, Path], None]:
-    """Repeat a run's recipe under torchrun with two processes, half of the batch of 8 in each."""
+    """Repeat a run's recipe under torchrun with two processes, half of its batch in each."""
 
     def repeat(command: str, one: Path, two: Path) -> None:
         recipe = yaml.safe_load((one / "recipe.yaml").read_text())
-        recipe |= {"output_dir": str(two), "train_batch_size": 4}
+        recipe |= {"output_dir": str(two), "train_batch_size": recipe["train_batch_size"] // 2}
         path = two.with_suffix(".yaml")
         path.write_text(yaml.safe_dump(recipe))
         process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-                *("--nproc_per_node=2", "-m", "nextscale", "train", command, "--config", str(path)),
+                *("--nproc_per_node=2", "-m", "nextscale", *command.split(), "--config", str(path)),
             ],
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
             stdout=subprocess.DEVNULL,

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,8 +32,6 @@ from nextscale.storage import read_tensors, short_name
 from nextscale.tokenizers import MultiscaleVQ
 from nextscale.var import NextScaleTransformer, SamplingConfig
 from nextscale.var.model_folder import save_model
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -304,29 +299,19 @@ def test_gradient_checkpointing_changes_nothing_with_drop_path(
     ],
     ids=["grpo", "vmr", "dpo"],
 )
-def test_two_processes_are_one(tmp_path: Path, model_folder: Path, changes: dict[str, Any]) -> None:
+def test_two_processes_are_one(
+    tmp_path: Path,
+    model_folder: Path,
+    changes: dict[str, Any],
+    repeat_with_two_processes: Callable[[str, Path, Path], None],
+) -> None:
     """Rollouts with and without branches, and the report."""
     config = settings(
         tmp_path / "one", model_folder, reward_funcs=("brightness", "jpeg_compressibility"),
         num_eval_prompts=3, num_eval_images=1, num_validation_prompts=3, **changes,
     )  # fmt: skip
     align(config, progress=False)
-    recipe = yaml.safe_load((tmp_path / "one" / "recipe.yaml").read_text())
-    recipe |= {
-        "output_dir": str(tmp_path / "two"),
-        "train_batch_size": config.train_batch_size // 2,
-    }
-    path = tmp_path / "two.yaml"
-    path.write_text(yaml.safe_dump(recipe))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, "-m", "nextscale", "align", "--config", str(path)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
+    repeat_with_two_processes("align", tmp_path / "one", tmp_path / "two")
     for one, two in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
         assert two.keys() == one.keys()
         if "reward" not in one:  # the validation

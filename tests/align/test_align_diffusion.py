@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,6 @@ import diffusers as typed_diffusers
 import pytest
 import tiny_pipelines
 import torch
-import yaml
 from torch import Tensor
 
 from nextscale.align import AlignConfig, align
@@ -26,7 +22,6 @@ from nextscale.align.methods.grpo import GRPO, GRPOConfig
 from nextscale.align.policies.diffusion import DiffusionPolicy
 from nextscale.errors import UserError
 
-ROOT = Path(__file__).parents[2]
 # Its annotations do not know what its pipelines take.
 diffusers: Any = typed_diffusers
 
@@ -104,23 +99,15 @@ def test_a_resumed_run_is_the_unbroken_one(tmp_path: Path, pipeline_folder: Path
     assert whole == resumed
 
 
-def test_two_processes_are_one(tmp_path: Path, pipeline_folder: Path) -> None:
+def test_two_processes_are_one(
+    tmp_path: Path,
+    pipeline_folder: Path,
+    repeat_with_two_processes: Callable[[str, Path, Path], None],
+) -> None:
     """Several backward passes per micro-batch, one for each denoising step."""
     config = settings(tmp_path / "one", pipeline_folder, num_prompts=2)
     align(config, progress=False)
-    recipe = yaml.safe_load((tmp_path / "one" / "recipe.yaml").read_text())
-    recipe |= {"output_dir": str(tmp_path / "two"), "train_batch_size": 2}
-    path = tmp_path / "two.yaml"
-    path.write_text(yaml.safe_dump(recipe))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, "-m", "nextscale", "align", "--config", str(path)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
+    repeat_with_two_processes("align", tmp_path / "one", tmp_path / "two")
     for one, two in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
         assert two["reward"] == pytest.approx(one["reward"], rel=1e-4)
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)

@@ -140,7 +140,7 @@ def test_two_processes_train_like_one(
     changes = {"adam_epsilon": 1e-3, "max_train_steps": 6, "quantizer_start": 2, "revival_steps": 5}
     one = settings(tmp_path / "one", codebook_update=update, **changes)
     train_tokenizer(one, progress=False)
-    repeat_with_two_processes("tokenizer", tmp_path / "one", tmp_path / "two")
+    repeat_with_two_processes("train tokenizer", tmp_path / "one", tmp_path / "two")
     assert losses(tmp_path / "two")[:5] == pytest.approx(losses(tmp_path / "one")[:5], rel=1e-3)
     assert len(losses(tmp_path / "two")) == 6
     MultiscaleVQ.from_pretrained(tmp_path / "two" / "tokenizer")

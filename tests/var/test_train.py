@@ -147,7 +147,7 @@ def test_two_processes_train_like_one(
     # Adam divides by the gradient: without an epsilon it would blow rounding up where that is 0.
     changes = {"adam_epsilon": 1e-3, "max_train_steps": 3}
     train_transformer(settings(tmp_path / "one", tokenizer_folder, **changes), progress=False)
-    repeat_with_two_processes("var", tmp_path / "one", tmp_path / "two")
+    repeat_with_two_processes("train var", tmp_path / "one", tmp_path / "two")
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     one, two = (losses(tmp_path / f, "grad_norm") for f in ("one", "two"))
     assert one == pytest.approx(two, rel=1e-3)
