@@ -33,17 +33,21 @@ from nextscale.data.benchmark import training_captions
 
 SAMPLES = 192  # of a rollout, of every method
 KNOWN = 24  # captions that the per-caption start of FIND learns
-RATE = "--learning_rate 2.5e-5"
-CHECKER = "--reward_funcs checker checker_statements --reward_weights 1 1"
+RATE = "--learning_rate 4e-5 --train_scales 4"
+BASE = "--config grpo-scenes --learning_rate 1e-12 --num_train_prompts 4 "
+BASE += "--gradient_accumulation_steps 1 --num_eval_prompts 0"
+CHECKER = "--reward_funcs checker checker_statements --reward_weights 1 1 "
+CHECKER += "--prompts scenes:hard scenes:hard scenes:standard"
 VERDICT = "--reward_funcs checker --reward_weights 1 --prompts scenes:hard"
-B2 = f"--config b2-scenes --b2.stage_rollouts 6 {RATE}"
+B2 = f"--config b2-scenes --b2.num_stages 3 --b2.stage_rollouts 8 {RATE}"
 FIND = "--config find-scenes --learning_rate 1e-3"
 SUITES: dict[str, dict[str, str]] = {
     "table": {
+        "base": BASE,
         "GRPO": f"--config grpo-scenes {RATE}",
         "DPO": f"--config dpo-scenes {RATE}",
         "RAFT": f"--config raft-scenes {RATE}",
-        "FIND": FIND,
+        "FIND": f"{FIND} {CHECKER}",
         "B2-DiffuRL": f"{B2} {CHECKER}",
         "DRAGON": f"--config dragon-scenes {RATE} {CHECKER}",
     },
@@ -70,13 +74,13 @@ SUITES: dict[str, dict[str, str]] = {
 def flags_of(row: str, seed: int, options: argparse.Namespace) -> list[str]:
     """The command behind `nextscale align`; what the row says comes last and holds."""
     shared: dict[str, Any] = {
-        "trend_p_value": "none",  # a row shows what came out, whatever it is
+        "trend_p_value": None,  # a row shows what came out, whatever it is
         "lr_scheduler": "constant",
         "lr_warmup_steps": 5,
         "max_train_steps": options.rollouts,
         "logging_steps": 2,
         "num_validation_prompts": 0,
-        "checkpointing_steps": "none",
+        "checkpointing_steps": None,
         "num_eval_prompts": options.prompts,
         "num_eval_images": 2,
         "seed": seed,
@@ -103,8 +107,17 @@ def run(folder: Path, flags: list[str]) -> None:
 
 def read(folder: Path) -> dict[str, Any]:
     """What the table shows of a run."""
-    record = json.loads((folder / "report.json").read_text())
     found: dict[str, Any] = {}
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "reward" in line]
+    found["rollouts"] = [line["reward"] for line in lines]
+    for key in lines[0]:
+        if key.startswith("rewards/") and key.endswith("/mean") and key.count("/") == 2:
+            found[f"last_half/{key}"] = statistics.mean(x[key] for x in lines[len(lines) // 2 :])
+    found["peak_memory_mb"] = int((folder / "peak_memory_kb").read_text()) // 1024
+    if not (folder / "report.json").is_file():  # the base
+        return found
+    record = json.loads((folder / "report.json").read_text())
     for source, part in record["prompts"].items():
         name = source.removeprefix("benchmark:").rpartition("/")[2]
         measured = {**part["rewards"], "vendi_within_prompt": part["vendi_within_prompt"]}
@@ -116,9 +129,6 @@ def read(folder: Path) -> dict[str, Any]:
             found[f"{name}/{reward}/ci95"] = (value["difference"] or {}).get("ci95")
     found["kl"] = record["kl"]["total"]
     found["minutes"] = record["minutes"]
-    found["peak_memory_mb"] = int((folder / "peak_memory_kb").read_text()) // 1024
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    found["rollouts"] = [line["reward"] for line in lines if "reward" in line]
     return found
 
 
@@ -156,8 +166,8 @@ def main() -> None:
     parser.add_argument("--suite", default="table", choices=list(SUITES))
     parser.add_argument("--rows", nargs="+", help="some rows of the suite; otherwise all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 100_000, 200_000])
-    parser.add_argument("--rollouts", type=int, default=40)
-    parser.add_argument("--prompts", type=int, default=250, help="benchmark captions of each kind")
+    parser.add_argument("--rollouts", type=int, default=24)
+    parser.add_argument("--prompts", type=int, default=150, help="benchmark captions of each kind")
     parser.add_argument("--output_dir", default="runs/alignment_table")
     parser.add_argument("--output", help="otherwise benchmarks/results/alignment_SUITE.json")
     parser.add_argument("--plot", help="otherwise docs/images/alignment_SUITE.png")

@@ -96,6 +96,9 @@ class AlignConfig(TrainingConfig):
     """Filter of rollouts; 1.0 is off, as policy gradients need it."""
     logp_space: str = "guided"
     """Which distribution is the policy: guided, conditional or behaviour."""
+    train_scales: int | None = None
+    """Next-scale models: train only the first so many scales, which an update then is as cheap as;
+    the later ones are drawn by the model as it stands. None: all."""
     diffusion: DiffusionSettings = field(default_factory=DiffusionSettings)
     """How a diffusers pipeline draws rollouts."""
 
@@ -171,11 +174,13 @@ class AlignConfig(TrainingConfig):
             )
         if self.method == "find" and self.lora_rank:
             raise UserError("find trains the start, not the generator: leave lora_rank out")
+        if self.method == "find" and self.train_scales is not None:
+            raise UserError("find trains the start: leave train_scales out, see find.prefix_scales")
         if self.method == "dragon" and self.reward_mode != "sum":
             raise UserError(f"reward_mode {self.reward_mode}: DRAGON takes the weighted sum")
         p_value = self.trend_p_value
         fits = p_value is None or 0 < p_value < 1
-        require("trend_p_value", p_value, fits, "lie in (0, 1), or be none")
+        require("trend_p_value", p_value, fits, "lie in (0, 1), or be None")
         positive = (
             *("num_prompts", "num_generations", "num_iterations", "rollout_batch_size"),
             *("num_train_prompts", "num_eval_images", "held_out_patience"),

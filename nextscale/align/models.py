@@ -132,6 +132,7 @@ class NextScaleModel:
             logp_space=config.logp_space,  # pyright: ignore[reportArgumentType]
             autocast=torch.bfloat16 if self.half else None,
             batch_size=config.rollout_batch_size,
+            train_scales=config.train_scales,
         )
 
     def check(self, conditions: Sequence[str | int]) -> None:
@@ -312,6 +313,7 @@ def _refuse_token_settings(config: AlignConfig) -> None:
         "top_k": config.top_k > 0,
         "top_p": config.top_p < 1,
         "logp_space": config.logp_space != "guided",
+        "train_scales": config.train_scales is not None,
     }
     if given := [name for name, is_given in unused.items() if is_given]:
         raise UserError(

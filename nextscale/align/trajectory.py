@@ -146,11 +146,17 @@ class Policy(Protocol):
         kind: categorical or gaussian.
         averaged: Log-probabilities are means over latent dimensions, not those of joint densities.
         baseline: What `reference` gives; None: nothing to compare with.
+        trained: Steps that methods train, in order; the others are drawn as they are.
     """
 
     kind: Kind
     averaged: bool
     baseline: Reference | None
+
+    @property
+    def trained(self) -> Sequence[int]:
+        """See above."""
+        ...
 
     @property
     def num_steps(self) -> int:

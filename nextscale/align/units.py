@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from nextscale.align.trajectory import Policy
 from nextscale.errors import UserError, require
 from nextscale.tokenizers import ScaleSchedule
 
@@ -39,6 +40,19 @@ def scale_weights(
                 f"{weights}"
             )
     return torch.tensor(weights).repeat_interleave(torch.tensor(lengths))
+
+
+def trained_weights(
+    policy: Policy, scale_weight: str | Sequence[float], alpha: float = 0.5
+) -> Float[Tensor, " u"]:
+    """`scale_weights` of a policy's units, 0 in steps that are not trained."""
+    weights = scale_weights(policy.units, scale_weight, alpha)
+    return weights * torch.isin(unit_steps(policy), torch.tensor(list(policy.trained)))
+
+
+def unit_steps(policy: Policy) -> Int[Tensor, " u"]:
+    """The step of each unit."""
+    return torch.arange(policy.num_steps).repeat_interleave(torch.tensor(policy.units))
 
 
 def pull_back(

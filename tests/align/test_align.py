@@ -16,9 +16,10 @@ from torch import Tensor
 
 from nextscale.align import AlignConfig, align
 from nextscale.align.experience import collect
-from nextscale.align.methods.b2 import B2Config
+from nextscale.align.methods.b2 import B2, B2Config
 from nextscale.align.methods.dpo import DPO, DPOConfig
 from nextscale.align.methods.grpo import GRPO, GRPOConfig
+from nextscale.align.methods.raft import RAFT, RAFTConfig
 from nextscale.align.pairs import read_pairs
 from nextscale.align.policies.next_scale import NextScalePolicy
 from nextscale.align.prompts import Prompt, draw_prompts, open_prompts
@@ -354,6 +355,63 @@ def test_vmr_judges_the_prefix_by_its_completions(policy: NextScalePolicy) -> No
     assert not torch.allclose(advantages[:, 0, 5:], advantages[:, 1, 5:])
     best = drawn.rewards.view(3, 2, 3).exp().mean(2).argmax(1)
     assert torch.equal(advantages[:, 0, 0].view(3, 2).argmax(1), best)
+
+
+@pytest.mark.parametrize(
+    "method_of",
+    [
+        lambda policy: GRPO(GRPOConfig(), policy),
+        lambda policy: DPO(DPOConfig(score="policy"), policy),
+        lambda policy: DPO(DPOConfig(score="pair"), policy),
+        lambda policy: RAFT(RAFTConfig(), policy),
+        lambda policy: B2(B2Config(threshold=0.0), policy),
+    ],
+    ids=["grpo", "dpo", "dpo-pair", "raft", "b2"],
+)
+def test_scales_that_are_not_trained_teach_nothing(
+    policy: NextScalePolicy,
+    build_model: Callable[..., NextScaleTransformer],
+    method_of: Callable[[NextScalePolicy], Any],
+) -> None:
+    """The gradient is the same whatever their tokens are, and is not that of all scales."""
+
+    def gradient(scales: int, change: bool) -> Tensor:
+        policy.trained = range(scales)
+        method = method_of(policy)
+        experience = method.learn(rollout(policy, method, size=4))
+        drawn = experience.rollout.trajectory
+        if change:
+            fine = [(a + 1) % policy.model.config.codebook_size for a in drawn.actions[2:]]
+            drawn = replace(drawn, actions=[*drawn.actions[:2], *fine])
+            experience = replace(experience, rollout=replace(experience.rollout, trajectory=drawn))
+        policy.model.zero_grad()
+        examples = torch.arange(len(experience.items))
+        for loss, _ in method.losses(experience, examples, 0, policy.model):
+            loss.backward()
+        assert policy.model.head.weight.grad is not None
+        return policy.model.head.weight.grad.clone()
+
+    policy.baseline = Given(build_model(seed=5))
+    some = gradient(2, change=False)
+    assert some.abs().max() > 1e-5
+    torch.testing.assert_close(gradient(2, change=True), some, rtol=1e-4, atol=1e-7)
+    assert not torch.allclose(gradient(policy.num_steps, change=False), some, rtol=0.1)
+
+
+def test_an_update_costs_what_its_scales_cost(policy: NextScalePolicy) -> None:
+    """One pass over the trained scales, no token of a later one."""
+    policy.trained = range(2)
+    method = GRPO(GRPOConfig(), policy)
+    experience = method.learn(rollout(policy, method))
+    seen: list[int] = []
+
+    def look(module: Any, given: Any, out: Tensor) -> None:
+        seen.append(out.shape[1])
+
+    handle = policy.model.head.register_forward_hook(look)
+    list(method.losses(experience, torch.arange(2), 0, policy.model))
+    handle.remove()
+    assert seen == [sum(policy.units[:2])]
 
 
 def test_vmr_can_alternate(policy: NextScalePolicy) -> None:
@@ -709,6 +767,8 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
         ),
         ({"reward_scales": (1.0, 2.0)}, "2 numbers for 1 rewards: brightness"),
         ({"reward_mode": "max"}, "be one of sum, min, majority"),
+        ({"train_scales": 5}, r"train_scales is 5, but must lie in \[1, 4\]"),
+        ({"train_scales": 2, "method": "find"}, "leave train_scales out, see find.prefix_scales"),
         ({"eval_features": "nowhere", "num_eval_prompts": 2}, "nowhere"),
     ],
 )

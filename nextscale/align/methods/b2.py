@@ -34,8 +34,8 @@ class B2Config:
     """Completions of each prefix, `split_time` (3 in the released configuration, 5 in its script).
     A group then has num_generations x num_branches samples."""
     first_interval: int | None = None
-    """Steps trained in the first stage, the last ones; None: 0.7 of the denoising steps (14 of 20),
-    half of the scales."""
+    """Steps trained in the first stage, the last ones (of `train_scales`); None: 0.7 of the
+    denoising steps (14 of 20), half of the scales."""
     last_interval: int | None = None
     """Steps trained in the last stage; None: all."""
     num_stages: int = 20
@@ -91,10 +91,11 @@ class B2:
         self.settings, self.policy = settings, policy
         self.objective = GRPO(settings.loss, policy)
         self.needs_reference = self.objective.needs_reference
-        steps = policy.num_steps
+        steps = len(policy.trained)
         first = settings.first_interval or max(1, round(_FIRST[policy.kind] * steps))
         last = settings.last_interval or steps
-        require("b2.last_interval", last, last <= steps, f"be at most the {steps} steps")
+        limit = f"be at most the {steps} steps that are trained"
+        require("b2.last_interval", last, last <= steps, limit)
         require("b2.first_interval", first, first <= last, f"be at most last_interval {last}")
         self.first, self.last = first, last
         self.stage, self._rollouts = 0, 0
@@ -112,7 +113,7 @@ class B2:
 
     def branch(self) -> tuple[int, int]:
         """Where the current interval begins."""
-        return self.policy.num_steps - self.interval(self.stage), self.settings.num_branches
+        return len(self.policy.trained) - self.interval(self.stage), self.settings.num_branches
 
     def learn(self, rollout: Rollout) -> Experience:
         """Advantages within branches; moves on to the next stage when this one is over."""

@@ -14,7 +14,7 @@ from nextscale.align.experience import Experience, Rollout, sample_streams
 from nextscale.align.methods.method import Loss, grouped
 from nextscale.align.objectives.dpo import check_settings, dpo_loss, dpo_metrics
 from nextscale.align.trajectory import Policy, Trajectory
-from nextscale.align.units import scale_weights
+from nextscale.align.units import trained_weights
 from nextscale.errors import require
 
 
@@ -81,9 +81,8 @@ class DPO:
         self.settings, self.policy = settings, policy
         noised = policy.kind == "gaussian" and settings.score == "pair"
         self.beta = settings.beta or (5000.0 if noised else 0.1)
-        self.weights = scale_weights(
-            policy.units, settings.scale_weight, settings.scale_weight_alpha
-        )
+        scale_weight, alpha = settings.scale_weight, settings.scale_weight_alpha
+        self.weights = trained_weights(policy, scale_weight, alpha)
 
     def items_per_group(self, num_generations: int) -> int:
         """`pairs_per_group` pairs of two samples each."""
@@ -155,7 +154,8 @@ class DPO:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Log-likelihoods under policy and reference, and the units' weights, [2 n, U] each."""
         if self.settings.score == "policy":
-            ev = self.policy.evaluate(trajectory, need=("logp", "ref_logp"), network=network)
+            need, trained = ("logp", "ref_logp"), self.policy.trained
+            ev = self.policy.evaluate(trajectory, trained, need=need, network=network)
             assert ev.ref_logp is not None
             mask = ev.mask.to(ev.logp) * self.weights.to(ev.logp)[ev.unit]
             return ev.logp, ev.ref_logp, mask

@@ -29,7 +29,7 @@ from nextscale.align.objectives.grpo import LEVELS, LOSS_TYPES, aggregate, grpo_
 from nextscale.align.objectives.kl import k2
 from nextscale.align.rewards.reward import call, numbers
 from nextscale.align.trajectory import Policy, StepEval
-from nextscale.align.units import scale_weights
+from nextscale.align.units import trained_weights, unit_steps
 from nextscale.errors import UserError, require
 from nextscale.streams import stream
 
@@ -162,7 +162,7 @@ class GRPO:
         self.token_mask = token_mask
         self.needs_reference = settings.beta > 0
         given = settings.scale_weights or settings.scale_weight
-        self.weights = scale_weights(policy.units, given, settings.scale_weight_alpha)
+        self.weights = trained_weights(policy, given, settings.scale_weight_alpha)
         gaussian = policy.kind == "gaussian"
         if gaussian and (settings.entropy_coef or settings.top_entropy_quantile < 1):
             raise UserError("entropy settings are for next-scale models; set entropy_coef 0")
@@ -242,7 +242,7 @@ class GRPO:
         values = soft_mean(total.view(-1, samples), settings.vmr_temperature)
         prefixes = group_advantages(values, rollout.groups[::samples], **self._scaling())
         prefixes = prefixes.repeat_interleave(samples)
-        step = _unit_steps(self.policy).to(plain.device)
+        step = unit_steps(self.policy).to(plain.device)
         early = (step < settings.vmr_scale)[None]
         advantages = torch.where(early, prefixes[:, None], plain[:, None])
         if settings.vmr_alternate:
@@ -391,24 +391,22 @@ class GRPO:
     def _step_weights(self, experience: Experience, steps: Sequence[int]) -> Float[Tensor, "b u"]:
         """The weights of all units of these steps, of every sample."""
         device = experience.items.device
-        chosen = torch.isin(_unit_steps(self.policy), torch.tensor(list(steps)))
+        chosen = torch.isin(unit_steps(self.policy), torch.tensor(list(steps)))
         mask = (self.weights * chosen).to(device)[None]
         return mask * experience.columns["mask"] if "mask" in experience.columns else mask
 
     def _steps(
         self, stochastic: Sequence[bool], key: tuple[int, int], step: int, first: int
     ) -> list[int]:
-        """The steps to train: stochastic ones, or a random share of them."""
-        steps = [s for s in range(first, self.policy.num_steps) if stochastic[s]]
+        """The steps to train: stochastic ones of a weight above 0, or a random share of them."""
+        counted = set(unit_steps(self.policy)[self.weights > 0].tolist())
+        steps = [s for s in range(first, self.policy.num_steps) if stochastic[s] and s in counted]
         if not steps:
-            raise UserError("no step of the rollout was random, so there is nothing to train")
+            raise UserError(
+                "no step of the rollout was random and has a weight, so there is nothing to train"
+            )
         if self.settings.step_fraction == 1:
             return steps
         count = max(1, round(self.settings.step_fraction * len(steps)))
         order = torch.randperm(len(steps), generator=stream(key[0], step, 11))
         return sorted(steps[i] for i in order[:count].tolist())
-
-
-def _unit_steps(policy: Policy) -> Int[Tensor, " u"]:
-    """The step of each unit."""
-    return torch.arange(policy.num_steps).repeat_interleave(torch.tensor(policy.units))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nextscale.align.experience import Experience, Rollout, sample_streams
 from nextscale.align.methods.method import Loss, grouped
 from nextscale.align.trajectory import Policy
-from nextscale.align.units import scale_weights
+from nextscale.align.units import trained_weights
 from nextscale.errors import require
 
 
@@ -56,9 +56,8 @@ class RAFT:
 
     def __init__(self, settings: RAFTConfig, policy: Policy) -> None:
         self.settings, self.policy = settings, policy
-        self.weights = scale_weights(
-            policy.units, settings.scale_weight, settings.scale_weight_alpha
-        )
+        scale_weight, alpha = settings.scale_weight, settings.scale_weight_alpha
+        self.weights = trained_weights(policy, scale_weight, alpha)
 
     def items_per_group(self, num_generations: int) -> int:
         """`top_k` samples."""
@@ -94,7 +93,7 @@ class RAFT:
         generators = sample_streams(key, examples.tolist())
         score = self.settings.score or ("pair" if self.policy.kind == "gaussian" else "policy")
         if score == "policy":
-            found = self.policy.evaluate(trajectory, network=network)
+            found = self.policy.evaluate(trajectory, self.policy.trained, network=network)
             logp, mask = found.logp, found.mask * self.weights.to(found.logp)[found.unit]
         else:
             logp, mask = self.policy.pair_score(trajectory, generators=generators, network=network)

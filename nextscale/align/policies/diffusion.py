@@ -128,6 +128,11 @@ class DiffusionPolicy:
         return len(self.transitions.timesteps)
 
     @property
+    def trained(self) -> range:
+        """All steps."""
+        return range(self.num_steps)
+
+    @property
     def units(self) -> tuple[int, ...]:
         """One unit per step."""
         return (1,) * self.num_steps

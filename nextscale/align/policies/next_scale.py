@@ -56,9 +56,11 @@ class NextScalePolicy:
         autocast: Precision of sampling; None: that of the weights. Evaluation runs in the
             precision of the network that it is given.
         batch_size: Samples drawn or decoded at once.
+        train_scales: Only the first so many are trained; None: all.
 
     Raises:
-        UserError: For filters with which the importance ratio would be undefined.
+        UserError: For more scales than there are, or filters with which the importance ratio would
+            be undefined.
     """
 
     kind: Kind = "categorical"
@@ -73,6 +75,7 @@ class NextScalePolicy:
         reference: Reference | None = None,
         autocast: torch.dtype | None = None,
         batch_size: int = 64,
+        train_scales: int | None = None,
     ) -> None:
         require("logp_space", logp_space, logp_space in SPACES, f"be one of {', '.join(SPACES)}")
         settings = replace(settings or pipeline.generation, num_candidates=1, more_smooth=False)
@@ -97,6 +100,9 @@ class NextScalePolicy:
         self.settings, self.autocast, self.batch_size = settings, autocast, batch_size
         self.baseline = reference
         scales = self.model.schedule.num_scales
+        count = scales if train_scales is None else train_scales
+        require("train_scales", count, 0 < count <= scales, f"lie in [1, {scales}]")
+        self.trained = range(count)
         self.distribution = _Distribution(
             logp_space,
             tuple(settings.guidance(scales)),

@@ -69,6 +69,11 @@ class StartPolicy:
         return self._scales or 1
 
     @property
+    def trained(self) -> range:
+        """All steps."""
+        return range(self.num_steps)
+
+    @property
     def units(self) -> tuple[int, ...]:
         """1, or the tokens of each scale."""
         return self.base.units[: self._scales] if self._scales else (1,)
