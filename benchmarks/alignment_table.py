@@ -32,6 +32,7 @@ from sampling import _cpu_name
 from nextscale.data.benchmark import training_captions
 
 SAMPLES = 192  # of a rollout, of every method
+ROLLOUTS = (10, 20, 40, 80)  # after which FIND is measured
 KNOWN = 24  # captions that the per-caption start of FIND learns
 RATE = "--learning_rate 4e-5 --train_scales 4"
 BASE = "--config grpo-scenes --learning_rate 1e-12 --num_train_prompts 4 "
@@ -60,13 +61,13 @@ SUITES: dict[str, dict[str, str]] = {
         "DRAGON, Vendi": f"--config dragon-scenes {RATE} --reward_funcs vendi --reward_weights 1",
     },
     "find": {
-        f"{name}, {count} rollouts": f"{FIND} {flags} --max_train_steps {count}"
+        f"{name}, {count} rollouts": f"{FIND} {flags} --max_train_steps {count} "
+        "--eval_prompts KNOWN --num_eval_images 8"
         for name, flags in {
-            "any caption": "--eval_prompts KNOWN benchmark:hard",
-            "known captions": "--prompts KNOWN --eval_prompts KNOWN --find.amortised false "
-            "--learning_rate 1e-1",
+            "any caption": "",
+            "known captions": "--prompts KNOWN --find.no_amortised --learning_rate 1e-1",
         }.items()
-        for count in (10, 20, 40, 80)
+        for count in ROLLOUTS
     },
 }
 
@@ -90,10 +91,13 @@ def flags_of(row: str, seed: int, options: argparse.Namespace) -> list[str]:
     return [*flags, *row.replace("KNOWN", known).split()]
 
 
-def run(folder: Path, flags: list[str]) -> None:
-    """One run, its log and, once it is whole, its peak memory in its folder."""
+def run(folder: Path, flags: list[str], earlier: Path | None = None) -> None:
+    """One run, or more steps of an earlier one: its log and, once it is whole, its peak memory."""
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    if earlier is not None:
+        shutil.copytree(earlier, folder, ignore=shutil.ignore_patterns("peak_memory_kb"))
+        flags = [*flags, "--resume_from_checkpoint", "latest"]
+    folder.mkdir(parents=True, exist_ok=True)
     for first in sorted(folder.parent.glob("*/before.safetensors"))[:1]:
         shutil.copy(first, folder)  # the base draws the same again; other captions are drawn anew
     command = [sys.executable, "-m", "nextscale", "align", *flags, "--output_dir", str(folder)]
@@ -103,6 +107,21 @@ def run(folder: Path, flags: list[str]) -> None:
     if status:
         raise SystemExit(f"{' '.join(command)}\nfailed; see {folder / 'run.log'}")
     (folder / "peak_memory_kb").write_text(str(usage.ru_maxrss))
+
+
+def folder_of(name: str, seed: int, options: argparse.Namespace) -> Path:
+    """Where a run lies."""
+    return Path(options.output_dir, f"{options.suite} {name} {seed}".replace(" ", "_"))
+
+
+def earlier_of(name: str, seed: int, options: argparse.Namespace) -> Path | None:
+    """The row that a longer one of the find suite goes on from."""
+    kind, _, length = name.partition(", ")
+    count = int(length.split()[0]) if length.endswith(" rollouts") else ROLLOUTS[0]
+    if count == ROLLOUTS[0]:
+        return None
+    before = ROLLOUTS[ROLLOUTS.index(count) - 1]
+    return folder_of(f"{kind}, {before} rollouts", seed, options)
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -183,10 +202,10 @@ def main() -> None:
     table: dict[str, Any] = json.loads(output.read_text())["rows"] if output.is_file() else {}
     for seed in options.seeds:
         for name in names:
-            folder = Path(options.output_dir, f"{options.suite} {name} {seed}".replace(" ", "_"))
+            folder = folder_of(name, seed, options)
             flags = flags_of(suite[name], seed, options)
             if not (folder / "peak_memory_kb").is_file():
-                run(folder, flags)
+                run(folder, flags, earlier_of(name, seed, options))
             row = table.setdefault(name, {})
             row["command"] = f"nextscale align {' '.join(flags)}"
             row.setdefault("runs", {})[str(seed)] = read(folder)
