@@ -8,31 +8,39 @@ statements or nothing; `sets` trains on properties of sets, and on single pictur
 
 Each row is a shipped recipe, cut to --rollouts rollouts of 192 pictures at a constant learning
 rate; each run is a process of its own, for its peak memory. Measured on benchmark captions before
-and after with equal seeds. Runs that are in --output_dir are read, not run: an interrupted series
-goes on, and `--rows` and `--seeds` choose. Writes benchmarks/results/alignment_SUITE.json and the
-rollouts' rewards against samples drawn as docs/images/alignment_SUITE.png.
+and after with equal seeds, by the model's own settings but for the choice among eight candidates,
+which hides differences and takes eight times as long. Runs that are in --output_dir are read, not
+run: an interrupted series goes on, and `--rows` and `--seeds` choose. Writes
+benchmarks/results/alignment_SUITE.json and the rollouts' rewards against samples drawn as
+docs/images/alignment_SUITE.png.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from sampling import _cpu_name
 
 from nextscale.data.benchmark import training_captions
+from nextscale.data.scenes import render, sample_scene
+from nextscale.pipeline import NextScalePipeline
 
 SAMPLES = 192  # of a rollout, of every method
 ROLLOUTS = (10, 20, 40, 80)  # after which FIND is measured
+EXEMPLARS = 1000  # pictures that the sets suite is to resemble
 KNOWN = 24  # captions that the per-caption start of FIND learns
 RATE = "--learning_rate 4e-5 --train_scales 4"
 BASE = "--config grpo-scenes --learning_rate 1e-12 --num_train_prompts 4 "
@@ -42,6 +50,8 @@ CHECKER += "--prompts scenes:hard scenes:hard scenes:standard"
 VERDICT = "--reward_funcs checker --reward_weights 1 --prompts scenes:hard"
 B2 = f"--config b2-scenes --b2.num_stages 3 --b2.stage_rollouts 8 {RATE}"
 FIND = "--config find-scenes --learning_rate 1e-3"
+SETS = f"{RATE} --prompts scenes:standard --eval_prompts benchmark:standard "
+SETS += "--reward_funcs frechet:EXEMPLARS frechet_instance:EXEMPLARS vendi --reward_weights"
 SUITES: dict[str, dict[str, str]] = {
     "table": {
         "base": BASE,
@@ -54,11 +64,10 @@ SUITES: dict[str, dict[str, str]] = {
     },
     "sparse": {"GRPO": f"--config grpo-scenes {RATE} {VERDICT}", "B2-DiffuRL": f"{B2} {VERDICT}"},
     "sets": {
-        "DRAGON, Fréchet": f"--config dragon-scenes {RATE} --reward_funcs frechet:scenes "
-        "--reward_weights 1",
-        "GRPO, nearness of each picture": f"--config grpo-scenes {RATE} --reward_funcs "
-        "frechet_instance:scenes --reward_weights 1",
-        "DRAGON, Vendi": f"--config dragon-scenes {RATE} --reward_funcs vendi --reward_weights 1",
+        "DRAGON, Fréchet": f"--config dragon-scenes {SETS} 1 0 0",
+        "GRPO, part of each in Fréchet": f"--config grpo-scenes {SETS} 1 0 0",
+        "GRPO, nearness of each": f"--config grpo-scenes {SETS} 0 1 0",
+        "DRAGON, Vendi": f"--config dragon-scenes {SETS} 0 0 1",
     },
     "find": {
         f"{name}, {count} rollouts": f"{FIND} {flags} --max_train_steps {count} "
@@ -85,10 +94,21 @@ def flags_of(row: str, seed: int, options: argparse.Namespace) -> list[str]:
         "num_eval_prompts": options.prompts,
         "num_eval_images": 2,
         "seed": seed,
+        "model": str(Path(options.output_dir, "model")),
     }
     flags = [part for key, value in shared.items() for part in (f"--{key}", str(value))]
-    known = str(Path(options.output_dir, "known.txt"))
-    return [*flags, *row.replace("KNOWN", known).split()]
+    for name, path in {"KNOWN": "known.txt", "EXEMPLARS": "exemplars"}.items():
+        row = row.replace(name, str(Path(options.output_dir, path)))
+    return [*flags, *row.split()]
+
+
+def write_exemplars(folder: Path) -> None:
+    """Pictures of scenes on dark grounds and on bright ones, with nothing in between."""
+    folder.mkdir(parents=True)
+    every = (sample_scene(5, index) for index in itertools.count())
+    extreme = (s for s in every if abs(statistics.mean(s.background.rgb) - 0.61) > 0.21)
+    for number, image in enumerate(render(list(itertools.islice(extreme, EXEMPLARS)), 64)):
+        Image.fromarray(image).save(folder / f"{number:04}.png")
 
 
 def run(folder: Path, flags: list[str], earlier: Path | None = None) -> None:
@@ -186,7 +206,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", help="some rows of the suite; otherwise all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 100_000, 200_000])
     parser.add_argument("--rollouts", type=int, default=24)
-    parser.add_argument("--prompts", type=int, default=150, help="benchmark captions of each kind")
+    parser.add_argument("--prompts", type=int, default=250, help="benchmark captions of each kind")
     parser.add_argument("--output_dir", default="runs/alignment_table")
     parser.add_argument("--output", help="otherwise benchmarks/results/alignment_SUITE.json")
     parser.add_argument("--plot", help="otherwise docs/images/alignment_SUITE.png")
@@ -197,6 +217,12 @@ def main() -> None:
         parser.error(f"--rows {', '.join(unknown)}: the suite has {', '.join(suite)}")
     output = Path(options.output or f"benchmarks/results/alignment_{options.suite}.json")
     Path(options.output_dir).mkdir(parents=True, exist_ok=True)
+    if not Path(options.output_dir, "model").is_dir():
+        pipe = NextScalePipeline.from_pretrained("scenes", dtype="float32")
+        pipe.generation = replace(pipe.generation, num_candidates=1)
+        pipe.save_pretrained(Path(options.output_dir, "model"))
+    if options.suite == "sets" and not Path(options.output_dir, "exemplars").is_dir():
+        write_exemplars(Path(options.output_dir, "exemplars"))
     captions = list(dict.fromkeys(training_captions("hard", 2 * KNOWN)))[:KNOWN]
     Path(options.output_dir, "known.txt").write_text("\n".join(captions))
     table: dict[str, Any] = json.loads(output.read_text())["rows"] if output.is_file() else {}
