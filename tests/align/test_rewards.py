@@ -48,6 +48,7 @@ from nextscale.align.rewards.distribution import (
 )
 from nextscale.align.rewards.ocr import ocr_reward, open_recogniser
 from nextscale.align.rewards.remote import http_reward
+from nextscale.data.checker import check_batch
 from nextscale.data.scenes import sample_scene
 from nextscale.data.sources import open_source
 from nextscale.errors import MissingExtraError, UserError
@@ -227,6 +228,25 @@ def test_random_reward_is_a_function_of_picture_and_prompt() -> None:
 
 
 # ---- scenes, classes, text -------------------------------------------------------------------
+
+
+def test_both_checker_rewards_judge_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    judged: list[int] = []
+
+    def count(images: Any, captions: Any) -> Any:
+        judged.append(len(images))
+        return check_batch(images, captions)
+
+    monkeypatch.setattr("nextscale.align.rewards.scenes.check_batch", count)
+    images, captions = scenes(4)
+    rewards = [open_reward("checker"), open_reward("checker_statements")]
+    columns, _ = score(rewards, images, captions)
+    assert judged == [4]
+    other, _ = score(rewards, images, captions[::-1])  # other captions, the same pictures
+    again, _ = score(rewards, images.clone(), captions)
+    assert judged == [4, 4, 4]
+    assert torch.equal(again, columns)
+    assert not torch.equal(other, columns)
 
 
 def test_checker_rewards_judge_every_kind_of_statement() -> None:
