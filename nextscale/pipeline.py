@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from nextscale import storage
@@ -288,8 +289,9 @@ class NextScalePipeline:
             temperature: Positive.
             more_smooth: Gumbel-softmax mixing of codes.
             num_candidates: Pictures drawn per image, of which the likeliest is kept.
-            start: One row per image: floats [n, d] are added to the start token; integers [n, p]
-                are the tokens of the first scales, and decoding begins after them.
+            start: One row per image, or per candidate of each: floats [n, d] are added to the start
+                token; integers [n, p] are the tokens of the first scales, and decoding begins
+                after them.
             seed: Image i draws from `seed + i`, or from its own of a list; None: random, see
                 `seeds` of the output.
             generator: Instead of `seed`: one that draws the base seed, or a list, one per image,
@@ -330,8 +332,10 @@ class NextScalePipeline:
         ids = self.transformer.conditioner.tokenize(conditions)
         ids = ids.repeat_interleave(num_images_per_prompt, 0)
         negative_ids = self._negative(negative_prompt, len(conditions), num_images_per_prompt)
-        if start is not None and len(start) != count:
-            raise UserError(f"start has {len(start)} rows for {count} images")
+        each = 1 if start is None or len(start) == count else settings.num_candidates
+        if start is not None and len(start) != count * each:
+            what = f"{count} images" + (f" of {each} candidates" if each > 1 else "")
+            raise UserError(f"start has {len(start)} rows for {what}")
         self.given_scales(start)
         size = batch_size or count
         images, tokens, previews = [], [], []
@@ -342,7 +346,7 @@ class NextScalePipeline:
                 settings,
                 seeds[rows],
                 negative_ids=None if negative_ids is None else negative_ids[rows],
-                start=None if start is None else start[rows],
+                start=None if start is None else start[rows.start * each : rows.stop * each],
                 every_scale=return_scales,
                 callback=None if callback is None else partial(callback, first),
             )
@@ -464,17 +468,23 @@ class NextScalePipeline:
     ) -> tuple[Tensor, list[Tensor]]:
         """Tokens [b, t] and latents of the last or of every scale; the likeliest candidates."""
         each = settings.num_candidates
+        shared = start is not None and len(start) == len(ids)
+        if start is not None and shared:
+            start = start.repeat_interleave(each, 0)
+        ids = ids.repeat_interleave(each, 0)
         steps = self.stream(
-            ids.repeat_interleave(each, 0),
+            ids,
             settings,
-            seeds=[_candidate_seed(seed, j) for seed in seeds for j in range(each)],
+            seeds=candidate_seeds(seeds, each),
             negative_ids=None if negative_ids is None else negative_ids.repeat_interleave(each, 0),
             forcing=None if forcing is None else forcing.repeat_interleave(each),
-            start=start if start is None else start.repeat_interleave(each, 0),
+            start=start,
         )
         parts, latents, scores = [], [], []
         if start is not None and not start.is_floating_point():
-            parts.append(start.to(self.device).repeat_interleave(each, 0))
+            parts.append(start.to(self.device))
+            if each > 1 and not shared:
+                scores.append(self._prefix_score(ids, parts[0]))
         for step in steps:
             parts.append(step.tokens)
             latents = [*(latents if every_scale else ()), step.f_hat]
@@ -489,6 +499,14 @@ class NextScalePipeline:
         best = torch.stack(scores).sum(dim=0).view(-1, each).argmax(dim=1)
         kept = torch.arange(len(best), device=best.device) * each + best
         return tokens[kept], [f_hat[kept] for f_hat in latents]
+
+    def _prefix_score(self, ids: Tensor, prefix: Int[Tensor, "b p"]) -> Float[Tensor, " b"]:
+        """Conditional log-probability of the tokens of the first scales."""
+        lengths = self.tokenizer.schedule.lengths
+        padded = torch.nn.functional.pad(prefix, (0, sum(lengths) - prefix.shape[1]))
+        inputs = self.tokenizer.teacher_inputs(padded)[:, : prefix.shape[1] - lengths[0]]
+        logits = self.transformer(inputs, ids=ids, num_scales=self.given_scales(prefix))
+        return logits.log_softmax(dim=-1).gather(2, prefix[..., None]).sum(dim=(1, 2))
 
     def decode(self, f_hat: Tensor) -> Tensor:
         """float32 images in [0, 1] of an accumulated latent."""
@@ -580,9 +598,12 @@ def image_seeds(
     return list(range(seed, seed + count))
 
 
-def _candidate_seed(seed: int, candidate: int) -> int:
-    """Candidate 0 is the picture of the seed; the others have streams of (seed, candidate)."""
-    return _draw_seed(stream(seed, candidate)) if candidate else seed
+def candidate_seeds(seeds: Sequence[int], count: int) -> list[int]:
+    """Seeds of `count` candidates of each picture, one after the other.
+
+    Candidate 0 is the picture of the seed; the others have streams of (seed, candidate).
+    """
+    return [_draw_seed(stream(seed, j)) if j else seed for seed in seeds for j in range(count)]
 
 
 def _draw_seed(generator: torch.Generator) -> int:
@@ -624,4 +645,11 @@ def _explain_unknown(unknown: dict[str, Any]) -> str:
     )
 
 
-__all__ = ["NextScalePipeline", "PipelineOutput", "image_seeds", "resolve_dtype", "to_pil"]
+__all__ = [
+    "NextScalePipeline",
+    "PipelineOutput",
+    "candidate_seeds",
+    "image_seeds",
+    "resolve_dtype",
+    "to_pil",
+]

@@ -213,6 +213,20 @@ def write_tensors(
 # ---- reading ---------------------------------------------------------------------------------
 
 
+def read_lines(path: StrPath) -> list[str]:
+    """Read a text file in UTF-8.
+
+    Raises:
+        UserError: If the file is missing, unreadable or not UTF-8; the message names it.
+    """
+    with _read_errors(path):
+        text = Path(path).read_bytes()
+    try:
+        return text.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no text in UTF-8 ({error}). Save it as UTF-8.") from error
+
+
 def read_json(path: StrPath) -> Any:
     """Read a JSON file.
 

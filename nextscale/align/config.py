@@ -129,7 +129,7 @@ class AlignConfig(TrainingConfig):
 
     eval_prompts: tuple[str, ...] = ()
     """What the report draws before and after, with equal seeds. Empty: benchmark:standard for
-    models with the scenes grammar, else `prompts`."""
+    models with the scenes grammar, else `prompts`; and always `prompts` for a table of starts."""
     num_eval_prompts: int = 100
     """Prompts of the report, the first of each source; 0: no report."""
     num_eval_images: int = 4

@@ -254,7 +254,7 @@ class DiffusionModel:
 
     def fingerprint(self) -> str:
         """See `AlignModel`."""
-        return diffusion_fingerprint(self.policy.network)
+        return base_fingerprint(self.policy.network)
 
     def draw(
         self,
@@ -298,12 +298,6 @@ class DiffusionModel:
             yield
         finally:
             setattr(self.pipe, name, own)
-
-
-def diffusion_fingerprint(network: nn.Module) -> str:
-    """Of a denoiser's weights, without a LoRA."""
-    state = network.state_dict()
-    return storage.fingerprint({k: v for k, v in state.items() if "lora_" not in k})
 
 
 def _refuse_token_settings(config: AlignConfig) -> None:

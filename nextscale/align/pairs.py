@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nextscale import storage
 from nextscale.align.prompts import check_label
 from nextscale.data.images import decode, fit_to
 from nextscale.errors import UserError
@@ -42,7 +43,7 @@ def read_pairs(path: str | Path, *, num_classes: int | None = None) -> list[Pair
         raise UserError(f"pairs {path} does not exist; give a .jsonl file")
     key = "prompt" if num_classes is None else "class_label"
     pairs, missing = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(storage.read_lines(path), 1):
         if not line.strip():
             continue
         try:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nextscale import storage
 from nextscale.data.benchmark import BENCHMARKS, load_benchmark, training_captions
 from nextscale.errors import UserError
 from nextscale.streams import batch_indices
@@ -103,7 +104,7 @@ def _open(name: str, num_classes: int | None, what: str) -> list[Prompt]:
             f'{what} "{name}" is no source: use scenes:standard, scenes:hard, benchmark:NAME, '
             "classes, or a .txt or .jsonl file that exists"
         )
-    numbered = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+    numbered = enumerate(storage.read_lines(path), 1)
     lines = [(number, line) for number, line in numbered if line.strip()]
     if not lines:
         raise UserError(f"{what} {name} holds no line")

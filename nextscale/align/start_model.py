@@ -12,14 +12,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nextscale.align.config import AlignConfig
-from nextscale.align.models import AlignModel, diffusion_fingerprint
+from nextscale.align.models import AlignModel
 from nextscale.align.policies.diffusion import DiffusionPolicy
 from nextscale.align.policies.next_scale import NextScalePolicy
 from nextscale.align.policies.start import StartPolicy, prompt_features
 from nextscale.align.prompts import open_prompts
 from nextscale.align.starts import StartDistribution, StartShape, read_starts, save_starts
 from nextscale.errors import UserError, require
-from nextscale.pipeline import NextScalePipeline
+from nextscale.pipeline import NextScalePipeline, candidate_seeds
 from nextscale.streams import image_stream, stream
 from nextscale.training import bare
 from nextscale.var import SamplingConfig
@@ -46,7 +46,7 @@ class StartModel:
     def check(self, conditions: Sequence[str | int]) -> None:
         """See `AlignModel`."""
         self.inner.check(conditions)
-        self.start_policy.starts.rows(conditions)
+        self.start_policy.rows(conditions)
 
     def add_reference(self) -> nn.Module | None:
         """The distribution before training is known; see `AlignModel`."""
@@ -67,9 +67,9 @@ class StartModel:
         if network is None:
             return self.inner.draw(None, conditions, seeds, start)
         generation = getattr(self.pipe, "generation", None)
-        filters = (0, 1.0) if generation is None else (generation.top_k, generation.top_p)
-        policy = self.start_policy
-        start = draw_starts(policy, conditions, seeds, network=bare(network), filters=filters)
+        start = draw_starts(
+            self.start_policy, conditions, seeds, network=bare(network), generation=generation
+        )
         return self.inner.draw(None, conditions, seeds, start)
 
     def save(self, network: nn.Module, folder: Path) -> None:
@@ -89,6 +89,11 @@ def open_starts(config: AlignConfig, inner: AlignModel) -> StartModel:
     settings = config.find
     diffusion = isinstance(base, DiffusionPolicy)
     space = settings.space or ("noise" if diffusion else "prefix_table")
+    if diffusion and settings.deterministic and settings.suffixes > 1:
+        raise UserError(
+            f"find.suffixes is {settings.suffixes}, but without noise behind the start all of them "
+            "are one picture: set find.suffixes 1, or find.no_deterministic"
+        )
     asked, prompts = open_prompts(config.prompts, num_classes=inner.num_classes), None
     if not settings.amortised:
         prompts = tuple(dict.fromkeys(prompt.condition for prompt in asked))
@@ -109,8 +114,8 @@ def open_starts(config: AlignConfig, inner: AlignModel) -> StartModel:
                 features=features.shape[1],
                 prompts=prompts,
                 hidden=settings.hidden,
+                min_std=settings.min_std,
             ),
-            min_std=settings.min_std,
             value=settings.baseline == "value",
         ).to(features.device)
     policy = StartPolicy(
@@ -128,16 +133,30 @@ def draw_starts(
     seeds: Sequence[int],
     *,
     network: nn.Module | None = None,
-    filters: tuple[int, float] = (0, 1.0),
+    generation: SamplingConfig | None = None,
     batch_size: int = 64,
 ) -> Tensor:
     """Starts of pictures by their seeds: latents, offsets [n, d], or tokens [n, p].
 
-    A prefix is drawn from the uniforms that the picture's own stream begins with: an untrained
-    distribution gives the picture that the generator draws without it.
+    A prefix is drawn from the uniforms that the stream of the picture, or of each of its
+    candidates, begins with: an untrained distribution gives the picture that the generator draws
+    without it.
+
+    Args:
+        policy: The start distribution and its generator.
+        conditions: One per picture.
+        seeds: Of the pictures.
+        network: Another start distribution than the policy's own.
+        generation: How a next-scale model draws: filters, and the number n / len(seeds) of
+            candidates.
+        batch_size: Starts at once.
     """
     prefix = policy.kind == "categorical"
-    parts = []
+    filters, parts = (0, 1.0), []
+    if generation is not None:
+        filters, each = (generation.top_k, generation.top_p), generation.num_candidates
+        seeds = candidate_seeds(seeds, each)
+        conditions = [condition for condition in conditions for _ in range(each)]
     for first in range(0, len(seeds), batch_size):
         rows = slice(first, first + batch_size)
         generators = [image_stream(s) if prefix else stream(s, _START) for s in seeds[rows]]
@@ -161,19 +180,26 @@ class Start:
     """
 
     def __init__(self, path: str | Path, pipe: Any, settings: SamplingConfig | None = None) -> None:
-        self.filters = (0, 1.0)
+        self.generation: SamplingConfig | None = None
         if isinstance(pipe, NextScalePipeline):
-            settings = settings or pipe.generation
-            self.filters = (settings.top_k, settings.top_p)
+            self.generation = settings = settings or pipe.generation
             starts = read_starts(path, base_fingerprint(pipe.transformer)).to(pipe.device)
             base: Any = NextScalePolicy(pipe, replace(settings, top_k=0, top_p=1.0))
         else:
             base = DiffusionPolicy(pipe, num_inference_steps=2)
-            starts = read_starts(path, diffusion_fingerprint(base.network)).to(pipe.device)
+            starts = read_starts(path, base_fingerprint(base.network)).to(pipe.device)
         self.policy = StartPolicy(base, starts)
 
+    def check(self, conditions: Sequence[str | int]) -> None:
+        """Refuse prompts that there is no start for.
+
+        Raises:
+            UserError: For a prompt that a table does not hold.
+        """
+        self.policy.rows(conditions)
+
     def __call__(self, conditions: Sequence[str | int], seeds: Sequence[int]) -> Tensor:
-        """What `pipe(..., start=)` takes, or diffusers' `latents=`; one row per picture.
+        """What `pipe(..., start=)` takes, or diffusers' `latents=`: a row per picture or candidate.
 
         Args:
             conditions: Prompts or class labels, one per picture.
@@ -182,7 +208,7 @@ class Start:
         Raises:
             UserError: For a prompt that a table does not hold.
         """
-        return draw_starts(self.policy, conditions, seeds, filters=self.filters)
+        return draw_starts(self.policy, conditions, seeds, generation=self.generation)
 
 
 def _shape_of(

@@ -9,6 +9,7 @@ table with one row per prompt, or a network of the prompt's features that answer
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ class StartShape:
         features: Width of a prompt's features.
         prompts: Rows of the table; None: a network answers for any prompt.
         hidden: Width of that network, and of the value network.
+        min_std: Standard deviations stay above it.
     """
 
     space: Space
@@ -46,6 +48,7 @@ class StartShape:
     features: int
     prompts: tuple[str | int, ...] | None
     hidden: int = 256
+    min_std: float = 1e-4
 
 
 class StartDistribution(nn.Module):
@@ -53,13 +56,12 @@ class StartDistribution(nn.Module):
 
     Args:
         shape: See there.
-        min_std: Standard deviations stay above it.
         value: Also make a value network, features -> expected reward.
     """
 
-    def __init__(self, shape: StartShape, *, min_std: float = 1e-4, value: bool = False) -> None:
+    def __init__(self, shape: StartShape, *, value: bool = False) -> None:
         super().__init__()
-        self.shape, self.min_std = shape, min_std
+        self.shape = shape
         size = int(torch.Size(shape.shape).numel())
         outputs = size if shape.space == "prefix_table" else 2 * size
         self.table = self.network = None
@@ -107,9 +109,10 @@ class StartDistribution(nn.Module):
             if self.shape.space == "prefix_table":
                 return found.view(-1, *self.shape.shape), None, value
             mean, log_std = (part.view(-1, *self.shape.shape) for part in found.chunk(2, dim=1))
-            std = self.shape.initial_std * log_std.clamp_max(_MOST_LOG_STD).exp()
-            std = std.clamp_min(self.min_std)
-            return self.shape.initial_std * mean, std, value
+            initial = self.shape.initial_std
+            held = log_std.clamp(math.log(self.shape.min_std / initial), _MOST_LOG_STD)
+            held = log_std + (held - log_std).detach()  # beyond the bounds a gradient leads back
+            return initial * mean, initial * held.exp(), value
 
 
 def save_starts(starts: StartDistribution, folder: Path, fingerprint: str) -> None:
@@ -146,7 +149,7 @@ def read_starts(path: str | Path, fingerprint: str) -> StartDistribution:
     if about["base"] != fingerprint:
         raise UserError(
             f"{path} was trained for a model with other weights; use it with the model that "
-            "it was trained on"
+            "it was trained on, opened in float32 or bfloat16"
         )
     starts = StartDistribution(_shape(json.loads(about["shape"])))
     starts.load_state_dict(storage.read_tensors(path))

@@ -184,7 +184,8 @@ def _with_prompts(config: AlignConfig, model: AlignModel) -> AlignConfig:
     """What is drawn if nothing is said."""
     usual = "scenes:standard" if model.num_classes is None else "classes"
     prompts = config.prompts or (config.pairs or usual,)
-    measured = ("benchmark:standard",) if model.grammar == "scenes" else prompts
+    table = config.method == "find" and not config.find.amortised
+    measured = ("benchmark:standard",) if model.grammar == "scenes" and not table else prompts
     return replace(config, prompts=prompts, eval_prompts=config.eval_prompts or measured)
 
 

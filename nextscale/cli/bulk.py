@@ -28,6 +28,7 @@ from nextscale.cli.ranks import on_main, process_group
 from nextscale.cli.recipes import to_yaml
 
 if TYPE_CHECKING:
+    from nextscale.align.start_model import Start
     from nextscale.cli.generate import GenerateConfig
     from nextscale.pipeline import NextScalePipeline
 
@@ -44,8 +45,9 @@ def generate(config: GenerateConfig, output: Output) -> dict[str, Any]:
         try:
             if todo:
                 pipe = _load(job)
+                start = _open_start(job, pipe)
                 on_main(partial(_start, job, pipe))
-                _draw(job, pipe, output, set(todo))
+                _draw(job, pipe, start, output, set(todo))
             processes.barrier()
             extras = on_main(partial(_finish, job, output))
         except KeyboardInterrupt as error:
@@ -66,6 +68,18 @@ def _load(job: Job) -> NextScalePipeline:
     return pipe
 
 
+def _open_start(job: Job, pipe: NextScalePipeline) -> Start | None:
+    """What `--start` names, for all prompts of the run."""
+    if job.config.start is None:
+        return None
+    from nextscale.align.start_model import Start
+
+    settings = {k: v for k, v in job.settings.items() if v is not None}
+    start = Start(job.config.start, pipe, pipe.settings(**settings))
+    start.check(job.conditions)
+    return start
+
+
 def _start(job: Job, pipe: NextScalePipeline) -> None:
     """The folder comes into being when nothing is left that could be refused."""
     settings = pipe.settings(**{k: v for k, v in job.settings.items() if v is not None})
@@ -83,7 +97,9 @@ def _start(job: Job, pipe: NextScalePipeline) -> None:
     storage.write_bytes(folder / RECIPE, text.encode())
 
 
-def _draw(job: Job, pipe: NextScalePipeline, output: Output, todo: set[int]) -> None:
+def _draw(
+    job: Job, pipe: NextScalePipeline, start: Start | None, output: Output, todo: set[int]
+) -> None:
     """Draw the missing pictures of this process's batches."""
     from tqdm import tqdm
 
@@ -95,11 +111,6 @@ def _draw(job: Job, pipe: NextScalePipeline, output: Output, todo: set[int]) -> 
     key = "prompt" if job.prompts else "class_labels"
     settings = {k: v for k, v in job.settings.items() if v is not None}
     batches = sorted({index // size for index in todo})
-    start = None
-    if job.config.start is not None:
-        from nextscale.align.start_model import Start
-
-        start = Start(job.config.start, pipe, pipe.settings(**settings))
     own = [batches[i] for i in processes.own_range(len(batches))]
     shape = "{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}]"
     total = sum(min(size, job.count - b * size) for b in own)

@@ -85,6 +85,11 @@ class GenerateConfig(SamplingFlags, ModelFlags):
             raise UserError(f"seed must be -1 (random) or in [0, 2^32), got {self.seed}.")
         if not math.isfinite(self.lora_scale):
             raise UserError(f"lora_scale must be finite, got {self.lora_scale}.")
+        if self.start is not None and self.negative_prompt is not None:
+            raise UserError(
+                "negative_prompt and start: starts are learnt without a negative prompt. Leave one "
+                "of them out"
+            )
         if self.resume and self.overwrite:
             raise UserError("--resume keeps finished pictures, --overwrite deletes them: pass one.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -48,7 +49,8 @@ def rollout(policy: NextScalePolicy, method: B2, prompts: int = 3, size: int = 2
 
 def of_steps(count: int) -> Any:
     """Something with so many denoising steps."""
-    return SimpleNamespace(averaged=True, kind="gaussian", num_steps=count, units=(1,) * count)
+    shared = {"averaged": True, "kind": "gaussian", "trained": range(count)}
+    return SimpleNamespace(num_steps=count, units=(1,) * count, **shared)
 
 
 def test_the_interval_grows_as_in_the_paper() -> None:
@@ -80,14 +82,33 @@ def test_only_extremes_beyond_the_threshold_count() -> None:
 
 
 def test_scores_are_compared_with_those_of_the_last_stages(policy: NextScalePolicy) -> None:
-    settings = B2Config(history=2, threshold=0.0, loss=GRPOConfig())
+    """With two rollouts to a stage: the eight stages before this one, and its own first rollout."""
+    settings = B2Config(history=8, stage_rollouts=2, threshold=0.0, loss=GRPOConfig())
     method = B2(settings, policy)
     drawn = rollout(policy, method, prompts=1)
-    totals = [torch.randn(8) + number for number in range(4)]
+    totals = [torch.randn(8) + number for number in range(24)]
     for number, total in enumerate(totals):
-        past = torch.cat(totals[max(0, number - 2) : number + 1])
+        past = torch.cat(totals[max(0, 2 * (number // 2 - 8)) : number + 1])
         found = method.learn(replace(drawn, total=total)).columns["advantages"]
         torch.testing.assert_close(found, (total - past.mean()) / (past.std() + 1e-8))
+        if number == 11:
+            again = B2(settings, policy)
+            again.load_state_dict(json.loads(json.dumps(method.state_dict())))
+            method = again
+
+
+def test_what_cannot_be_scored_teaches_nothing_and_ends_no_stage(policy: NextScalePolicy) -> None:
+    method = B2(B2Config(threshold=0.0, min_spread=0.1, stage_rollouts=5), policy)
+    drawn = rollout(policy, method)
+    total = torch.randn(len(drawn.total))
+    total[:8] = torch.nan  # a whole group
+    experience = method.learn(replace(drawn, total=total))
+    assert experience.columns["advantages"][:8].tolist() == [0] * 8
+    assert experience.columns["advantages"][8:].any()
+    assert not experience.weights[:4].any()
+    experience = method.learn(replace(drawn, total=torch.full_like(total, torch.nan)))
+    assert not experience.weights.any()
+    assert method.stage == 0
 
 
 def test_siblings_share_the_prefix_and_only_the_interval_is_trained(

@@ -273,14 +273,17 @@ def test_branch_at_the_end_is_a_copy(policy: DiffusionPolicy, trajectory: Trajec
     assert all(map(torch.equal, found.actions, trajectory.repeat_interleave(2).actions))
 
 
-def test_branch_at_the_start_is_a_fresh_sample(
+def test_branches_at_the_start_share_its_noise(
     policy: DiffusionPolicy, trajectory: Trajectory
 ) -> None:
+    """B2-DiffuRL's last stage: siblings differ by what the steps drew alone."""
     found = policy.branch(trajectory, 0, 2, generators=streams(*range(20, 26)))
+    start = _start(trajectory).repeat_interleave(2, 0)
+    assert torch.equal(_start(found), start)
+    assert not torch.equal(found.actions[0][0], found.actions[0][1])
     conditions = map_rows(trajectory.conditions, lambda rows: rows.repeat_interleave(2, 0))
-    fresh = policy.sample(conditions, generators=streams(*range(20, 26)))
-    assert all(map(torch.equal, found.actions, fresh.actions))
-    assert torch.equal(_start(found), _start(fresh))
+    same = policy.sample(conditions, generators=streams(*range(20, 26)), start=start)
+    assert all(map(torch.equal, found.actions, same.actions))
     assert found.branch_id.tolist() == [0, 0, 1, 1, 2, 2]
 
 

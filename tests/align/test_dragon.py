@@ -17,7 +17,7 @@ from nextscale.align.methods.dpo import DPOConfig
 from nextscale.align.methods.dragon import DRAGON, DRAGONConfig, MeanPart, SetPart, swap_split
 from nextscale.align.policies.next_scale import NextScalePolicy
 from nextscale.align.prompts import Prompt
-from nextscale.align.references import FrozenCopy
+from nextscale.align.references import FrozenCopy, Given
 from nextscale.align.rewards import as_reward
 from nextscale.align.rewards.distribution import FrechetReward, VendiReward
 from nextscale.errors import UserError
@@ -136,6 +136,71 @@ def test_unscorable_and_equal_pairs_teach_nothing(policy: NextScalePolicy) -> No
     values[2:4] = 0.5
     drawn = replace(drawn, rewards=values, total=values[:, 0])
     assert method.learn(drawn).weights[:3].tolist() == [0, 0, 1]
+
+
+def test_pairs_that_cannot_be_scored_are_in_no_set(policy: NextScalePolicy) -> None:
+    """The others are split as without them."""
+    method = DRAGON(DRAGONConfig(), policy)
+    drawn = rollout(policy, [Spread(), as_reward(brightness, "brightness")], (1.0, -1.0))
+    total = drawn.total.clone()
+    total[::8] = torch.nan
+    rewards = drawn.rewards.clone()
+    rewards[::8, 1] = torch.nan
+    found = method.learn(replace(drawn, rewards=rewards, total=total))
+    kept = torch.arange(16).view(8, 2)[found.weights > 0].flatten()
+    assert len(kept) == 12
+    few = replace(
+        drawn,
+        trajectory=drawn.trajectory.index(kept),
+        groups=torch.arange(6).repeat_interleave(2),
+        rewards=drawn.rewards[kept],
+        total=drawn.total[kept],
+        features={"spread": drawn.features["spread"][kept]},
+    )
+    expected = kept[method.learn(few).items]
+    assert torch.equal(found.items[found.weights > 0], expected)
+
+
+def test_exchanges_in_a_set_of_equal_pictures_keep_their_digits() -> None:
+    """Rank-one updates that would leave rounding alone are made anew."""
+    reward = FrechetReward(lambda images: images, torch.zeros(6), torch.eye(6))
+    features = torch.ones(12, 2, 6, dtype=torch.float64) * 7
+    features[:, 1] += 1e-4 * torch.randn(12, 6, generator=torch.Generator().manual_seed(0))
+    features[0, 0] += 100
+    part = SetPart(reward, features)
+    part.start(False)
+    rows = features[:, 0].clone()
+    for index in range(12):
+        proposed = rows.clone()
+        proposed[index] = features[index, 1]
+        assert part.propose(index) == pytest.approx(reward.score_set(proposed), rel=1e-9)
+        part.accept()
+        rows = proposed
+
+
+def test_the_reference_point_of_kto_is_that_of_the_rollout(
+    policy: NextScalePolicy, build_model: Callable[..., NextScaleTransformer]
+) -> None:
+    """Micro-batches of any size have one gradient, and pairs of weight 0 move nothing."""
+    policy.baseline = Given(build_model(seed=5))
+    method = DRAGON(DRAGONConfig(loss_type="kto", pair=DPOConfig(score="policy")), policy)
+    drawn = rollout(policy, [as_reward(brightness, "brightness")], (1.0,))
+    drawn = replace(drawn, total=(torch.arange(16) // 3).float())  # some pairs are alike
+    experience = method.learn(drawn)
+
+    def gradient(size: int) -> Tensor:
+        policy.model.zero_grad()
+        for examples in torch.arange(8).split(size):
+            for loss, _ in method.losses(experience, examples, 0, policy.model):
+                (loss * len(examples) / 8).backward()
+        assert policy.model.head.weight.grad is not None
+        return policy.model.head.weight.grad.clone()
+
+    assert experience.metrics["dragon/z0"] > 0
+    assert 0 < float(experience.weights.sum()) < 8
+    whole = gradient(8)
+    assert whole.abs().max() > 0
+    torch.testing.assert_close(gradient(2), whole, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("loss_type", ["dpo", "kto"])

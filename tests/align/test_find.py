@@ -16,6 +16,7 @@ from torch import Tensor
 from nextscale.align import AlignConfig, align
 from nextscale.align.config import DiffusionSettings
 from nextscale.align.experience import collect
+from nextscale.align.methods.b2 import B2Config
 from nextscale.align.methods.find import FIND, FINDConfig
 from nextscale.align.methods.grpo import GRPOConfig
 from nextscale.align.policies.diffusion import DiffusionPolicy
@@ -136,13 +137,21 @@ def test_the_divergence_from_the_initial_distribution_is_exact() -> None:
 # ---- next-scale --------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("candidates", [1, 3])
 @pytest.mark.parametrize("prompts", [None, (0, 1, 2, 3, 4)])
-def test_an_untrained_prefix_is_the_generators_own(pipe: NextScalePipeline, prompts: Any) -> None:
+def test_an_untrained_prefix_is_the_generators_own(
+    pipe: NextScalePipeline, prompts: Any, candidates: int
+) -> None:
+    """Also where the likeliest of several candidates is kept: each begins with its own prefix."""
+    pipe.generation = replace(pipe.generation, num_candidates=candidates)
     policy = policy_of(pipe, starts_of(pipe, "prefix_table", prompts))
     labels, seeds = [0, 1, 2, 3], [5, 6, 7, 8]
-    prefix = draw_starts(policy, labels, seeds, filters=(5, 1.0))
+    prefix = draw_starts(policy, labels, seeds, generation=pipe.generation)
+    assert len(prefix) == 4 * candidates
     plain = pipe(class_labels=labels, seed=seeds, output_type="pt")
     begun = pipe(class_labels=labels, seed=seeds, start=prefix, output_type="pt")
+    parts = pipe(class_labels=labels, seed=seeds, start=prefix, output_type="pt", batch_size=3)
+    assert torch.equal(parts.tokens, begun.tokens)
     assert torch.equal(begun.tokens, plain.tokens)
     torch.testing.assert_close(begun.images, plain.images)
     strip = pipe(class_labels=labels, seed=seeds, start=prefix, return_scales=True)
@@ -188,7 +197,7 @@ def test_an_offset_moves_the_picture_and_zero_does_not(pipe: NextScalePipeline) 
 @pytest.mark.parametrize(
     ("start", "message"),
     [
-        (torch.zeros(3, 8), "3 rows for 2 images"),
+        (torch.zeros(3, 8), "3 rows for 2 images of 4 candidates"),
         (torch.zeros(2, 8), "an offset of the start token is"),
         (torch.zeros(2, 3, dtype=torch.long), "start has 3 tokens; whole scales have"),
     ],
@@ -197,7 +206,7 @@ def test_a_start_that_does_not_fit_is_said(
     pipe: NextScalePipeline, start: Tensor, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        pipe(class_labels=[0, 1], seed=0, start=start)
+        pipe(class_labels=[0, 1], seed=0, start=start, num_candidates=4)
 
 
 # ---- the method --------------------------------------------------------------------------------
@@ -236,6 +245,72 @@ def test_earlier_starts_are_kept_with_their_own_rewards(pipe: NextScalePipeline)
     again.load_state_dict(json.loads(json.dumps(method.state_dict())))
     third = rollout_of(policy, method, 2)
     torch.testing.assert_close(again.learn(third).columns, method.learn(third).columns)
+
+
+def test_a_deviation_beyond_its_bounds_comes_back() -> None:
+    starts = StartDistribution(StartShape("noise", (1,), 1.0, 1, (0,), min_std=0.1))
+    assert starts.table is not None
+    rows, features = torch.zeros(1, dtype=torch.long), torch.zeros(1, 1)
+    for log_std, expected in ((-9.0, 0.1), (9.0, 7.389)):
+        with torch.no_grad():
+            starts.table.copy_(torch.tensor([[0.0, log_std]]))
+        std = starts(rows, features)[1]
+        assert std is not None
+        assert float(std.detach()) == pytest.approx(expected, rel=1e-3)
+        starts.zero_grad()
+        std.sum().backward()
+        assert starts.table.grad is not None
+        assert float(starts.table.grad[0, 1]) == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_clip_range_is_that_of_the_reduction(pipe: NextScalePipeline) -> None:
+    policy = policy_of(pipe, starts_of(pipe, "embedding"))
+    for reduction, epsilon in (("mean", 1e-4), ("sum", 0.2)):
+        policy.logp_reduction = reduction
+        assert FIND(FINDConfig(), policy).objective.epsilon == epsilon
+        assert policy.averaged == (reduction == "mean")
+    assert (
+        FIND(FINDConfig(), policy_of(pipe, starts_of(pipe, "prefix_table"))).objective.epsilon
+        == 0.2
+    )
+
+
+def test_the_value_network_skips_what_cannot_be_scored(pipe: NextScalePipeline) -> None:
+    width = pipe.transformer.head.in_features
+    shape = StartShape("prefix_table", (5, pipe.transformer.config.codebook_size), 0.5, width, None)
+    starts = StartDistribution(shape, value=True)
+    policy = policy_of(pipe, starts)
+    method = FIND(FINDConfig(baseline="value"), policy)
+    drawn = rollout_of(policy, method)
+
+    def gradient(total: Tensor) -> list[Tensor]:
+        experience = method.learn(replace(drawn, total=total))
+        starts.zero_grad()
+        ((loss, _),) = method.losses(experience, torch.arange(12), 0, starts)
+        loss.backward()
+        return [p.grad.clone() for p in starts.parameters() if p.grad is not None]
+
+    total = drawn.total.clone()
+    total[2] = torch.nan
+    found = gradient(total)
+    assert all(bool(g.isfinite().all()) for g in found)
+    assert any(bool(g.any()) for g in found)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kl_estimator": "k1"},
+        {"credit": "vmr"},
+        {"top_entropy_quantile": 0.5},
+        {"multi_objective_aggregation": "normalize_then_sum"},
+    ],
+)
+def test_settings_that_only_grpo_reads_are_refused(changes: dict[str, Any]) -> None:
+    (name,) = changes
+    for config, section in ((FINDConfig, "find"), (B2Config, "b2")):
+        with pytest.raises(UserError, match=rf"{section}\.loss\.{name}"):
+            config(loss=GRPOConfig(**changes))
 
 
 def test_baselines(pipe: NextScalePipeline) -> None:
@@ -446,3 +521,23 @@ def test_generate_takes_a_start_file(tmp_path: Path, model_folder: Path) -> None
     assert pictures[0] != pictures[1]
     assert (tmp_path / "tuned" / "000000_scales.png").is_file()
     assert main([*command, "--start", "nowhere", "--output_dir", str(tmp_path / "x")]) == 2
+    assert main([*command, *start, "--negative_prompt", "0", "--output_dir", "x"]) == 2
+
+
+def test_a_table_of_labels_serves_the_command_and_a_wrong_one_costs_nothing(
+    tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "few.jsonl").write_text('{"class_label": 0}\n{"class_label": 3}')
+    config = settings(
+        tmp_path / "run", model_folder, reward_funcs=("brightness",), num_prompts=2,
+        prompts=(str(tmp_path / "few.jsonl"),), find=FINDConfig(amortised=False),
+        train_batch_size=16,
+    )  # fmt: skip
+    align(config, progress=False)
+    command = ["generate", "--model", str(model_folder), "--dtype", "float32", "--quiet"]
+    command += ["--start", str(tmp_path / "run" / "model"), "--output_dir", str(tmp_path / "out")]
+    assert main([*command, "--class_labels", "0", "3"]) == 0
+    pictures = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    assert main([*command, "--class_labels", "0", "1", "--overwrite"]) == 2
+    assert "there is no start for" in capsys.readouterr().err
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == pictures

@@ -409,7 +409,7 @@ def test_wrong_set_rewards_are_one_plain_line() -> None:
         set_column(reward, features)
     torch.testing.assert_close(
         set_column(VendiReward(reward.features_of), features),
-        VendiReward(reward.features_of).contributions(features).float(),
+        5 * VendiReward(reward.features_of).contributions(features).float(),
     )
     reward.features_of = lambda images: images.mean(dim=(2, 3)) / 0
     with pytest.raises(UserError, match=r"\[5, d\]; 15 are not finite") as found:
@@ -470,7 +470,7 @@ def test_plain_lists_of_numbers_are_fine_for_sets_and_pairs() -> None:
 
     images, reward = noise(2), Lists(lambda images: images, "mine")
     features = set_features(reward, images, [""] * 2)
-    assert set_column(reward, features).tolist() == [1, 2]
+    assert set_column(reward, features).tolist() == [2, 4]
     assert set_score(reward, features) == 2
     column = pairwise_column(Compares(), images, [""] * 2, torch.zeros(2, dtype=torch.int64))
     assert column.tolist() == pytest.approx([0.9, 0.1])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from nextscale.align.advantages import group_advantages, group_moments, informative
 from nextscale.align.experience import Experience, Rollout
-from nextscale.align.methods.grpo import GRPO, GRPOConfig
+from nextscale.align.methods.grpo import GRPO, GRPOConfig, check_nested
 from nextscale.align.methods.method import Loss
 from nextscale.align.trajectory import Policy
 from nextscale.errors import require
@@ -71,6 +71,7 @@ class B2Config:
             require(f"b2.{name}", value, value >= 0, "be 0 or more")
         known = self.advantage in ("extremes", "branch")
         require("b2.advantage", self.advantage, known, "be extremes or branch")
+        check_nested("b2.loss", self.loss)
 
 
 class B2:
@@ -98,8 +99,8 @@ class B2:
         require("b2.last_interval", last, last <= steps, limit)
         require("b2.first_interval", first, first <= last, f"be at most last_interval {last}")
         self.first, self.last = first, last
-        self.stage, self._rollouts = 0, 0
-        self._history: dict[str, list[list[float]]] = {}
+        self.stage, self._rollouts, self._entered = 0, 0, 0
+        self._history: dict[str, list[tuple[int, list[float]]]] = {}
 
     def interval(self, stage: int) -> int:
         """tau_i, the number of steps that are trained in a stage."""
@@ -119,14 +120,22 @@ class B2:
         """Advantages within branches; moves on to the next stage when this one is over."""
         settings, count = self.settings, self.settings.num_branches
         branches = torch.arange(len(rollout.total), device=rollout.total.device) // count
-        spread = group_moments(rollout.total, branches, ddof=1)[1].mean()
-        metrics = {"b2/stage": float(self.stage), "b2/spread": float(spread)}
-        metrics["b2/interval"] = float(self.interval(self.stage))
+        scorable = (~rollout.total.isnan()).view(-1, count).sum(1) > 1
+        spread = float(group_moments(rollout.total, branches, ddof=1)[1][scorable].mean())
+        metrics = {"b2/stage": float(self.stage), "b2/interval": float(self.interval(self.stage))}
+        if scorable.any():
+            metrics["b2/spread"] = spread
         if settings.advantage == "extremes":
             scores = self._z_scores(rollout)
             items, used = extremes(scores.view(-1, count), settings.threshold)
         else:
-            scores = group_advantages(rollout.total, branches, std_ddof=settings.loss.std_ddof)
+            scores = group_advantages(
+                rollout.total,
+                branches,
+                scale_rewards=settings.loss.scale_rewards,
+                std_eps=settings.loss.std_eps,
+                std_ddof=settings.loss.std_ddof,
+            )
             items = torch.arange(len(scores), device=scores.device)
             used = informative(scores, branches)
         limit = settings.loss.advantage_clip
@@ -136,7 +145,7 @@ class B2:
         weights = (settings.negative_weight, settings.positive_weight)
         advantages = advantages * advantages.new_tensor(weights)[(advantages > 0).long()]
         metrics["samples/used"] = float(used.float().mean())
-        self._advance(float(spread))
+        self._advance(spread)
         columns = {"advantages": advantages, "old_logps": self.objective.old_logps(rollout)}
         return Experience(rollout, items[:, None], used.to(advantages), columns, metrics)
 
@@ -156,34 +165,40 @@ class B2:
             rows = rollout.groups == group
             own = rollout.total[rows]
             key = str(rollout.prompts[int(rows.nonzero()[0])].condition)
-            past = self._history.get(key, [])
-            known = own.new_tensor([value for stage in past for value in stage])
+            oldest = self._entered - self.settings.history
+            past = [entry for entry in self._history.get(key, []) if entry[0] >= oldest]
+            known = own.new_tensor([value for _, values in past for value in values])
             every = torch.cat([known, own[~own.isnan()]])
+            if not len(every):
+                scores[rows] = torch.nan
+                continue
             mean, std = group_moments(every, torch.zeros_like(every, dtype=torch.long), ddof=1)
             scores[rows] = (own - mean) / (std + 1e-8)
-            kept = [*past, own[~own.isnan()].tolist()]
-            self._history[key] = kept[len(kept) - self.settings.history :]
+            self._history[key] = [*past, (self._entered, own[~own.isnan()].tolist())]
         return scores
 
     def _advance(self, spread: float) -> None:
         """On to the next stage, or over all stages of this interval."""
         self._rollouts += 1
-        flat = spread < self.settings.min_spread
+        flat = spread < self.settings.min_spread  # False where nothing could be scored, NaN
         if not flat and self._rollouts < self.settings.stage_rollouts:
             return
         now, self._rollouts = self.interval(self.stage), 0
         self.stage += 1
+        self._entered += 1
         while flat and self.interval(self.stage) == now < self.last:
             self.stage += 1
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, for JSON."""
-        return {"stage": self.stage, "rollouts": self._rollouts, "history": self._history}
+        numbers = {"stage": self.stage, "rollouts": self._rollouts, "entered": self._entered}
+        return {**numbers, "history": self._history}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict`."""
         self.stage, self._rollouts = int(state["stage"]), int(state["rollouts"])
-        self._history = {key: list(value) for key, value in state["history"].items()}
+        self._entered = int(state["entered"])
+        self._history = {k: [(n, v) for n, v in past] for k, past in state["history"].items()}
 
 
 def extremes(

@@ -20,11 +20,13 @@ from nextscale.align.methods.dpo import DPO, DPOConfig
 from nextscale.align.methods.method import Loss
 from nextscale.align.objectives.kto import kto_loss
 from nextscale.align.rewards import set_score
-from nextscale.align.rewards.distribution import FrechetReward
+from nextscale.align.rewards.distribution import FrechetReward, without_row
 from nextscale.align.rewards.reward import SetReward
 from nextscale.align.trajectory import Policy
 from nextscale.errors import UserError, require
 from nextscale.eval.frechet import Moments, as_float64
+
+_JUDGED = 32  # pairs judged at once outside of the loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,14 @@ class DRAGONConfig:
         require("dragon.loss_type", self.loss_type, known, "be dpo or kto")
         known = self.credit in ("swap", "leave_one_out")
         require("dragon.credit", self.credit, known, "be swap or leave_one_out")
+        unused = {"margin": 0.0, "pairs_per_group": 1}
+        if self.loss_type == "kto":
+            unused |= {"loss_type": "sigmoid", "label_smoothing": 0.0, "rpo_alpha": 0.0}
+        for name, value in unused.items():
+            given = getattr(self.pair, name)
+            method = "kto" if name in ("loss_type", "label_smoothing", "rpo_alpha") else "DRAGON"
+            what = f"be {value}: {method} has no use for another"
+            require(f"dragon.pair.{name}", given, given == value, what)
         for name in ("desirable_weight", "undesirable_weight"):
             require(f"dragon.{name}", getattr(self, name), getattr(self, name) >= 0, "be 0 or more")
 
@@ -69,6 +79,7 @@ class DRAGON:
     def __init__(self, settings: DRAGONConfig, policy: Policy) -> None:
         self.settings, self.policy = settings, policy
         self.pairs = DPO(settings.pair, policy)
+        self._z0 = 0.0
 
     def items_per_group(self, num_generations: int) -> int:
         """Pairs of a group."""
@@ -87,11 +98,12 @@ class DRAGON:
         """Split the rollout; pairs that cannot be scored, or are alike, have weight 0."""
         rows = torch.arange(len(rollout.total), device=rollout.total.device).view(-1, 2)
         values = rollout.total[rows]
-        used = ~values.isnan().any(dim=1) & (values[:, 0] != values[:, 1])
-        if self.settings.credit == "leave_one_out":
-            second = values[:, 1] > values[:, 0]
-        else:
-            second = swap_split(_parts(rollout, rows), len(rows))
+        scorable = ~values.isnan().any(dim=1)
+        used = scorable & (values[:, 0] != values[:, 1])
+        second = values[:, 1] > values[:, 0]
+        if self.settings.credit == "swap" and scorable.any():
+            parts = _parts(rollout, rows[scorable])
+            second[scorable] = swap_split(parts, int(scorable.sum())).to(second.device)
         positive = rows.gather(1, second.long()[:, None])
         negative = rows.gather(1, (~second).long()[:, None])
         metrics = {"pairs/used": float(used.float().mean())}
@@ -102,29 +114,48 @@ class DRAGON:
                     value = set_score(reward, features[chosen[:, 0]])
                     metrics[f"dragon/{reward.name}_{side}"] = value
         items = torch.cat([positive, negative], dim=1)
-        return Experience(rollout, items, used.to(rollout.total), metrics=metrics)
+        found = Experience(rollout, items, used.to(rollout.total), metrics=metrics)
+        if self.settings.loss_type == "kto":
+            self._z0 = self._reference_point(found)
+            found.metrics["dragon/z0"] = self._z0
+        return found
+
+    @torch.no_grad()
+    def _reference_point(self, experience: Experience) -> float:
+        """z0 = max(0, mean h) of the rollout's pairs, as the policy is before it trains on them."""
+        examples, found = experience.weights.nonzero()[:, 0], []
+        for some in examples.split(_JUDGED):
+            logp, ref_logp, mask = self._scores(experience, some, self.policy.network)
+            found.append(((logp - ref_logp) * mask).sum(1))
+        return max(0.0, float(torch.cat(found).mean())) if found else 0.0
+
+    def _scores(
+        self, experience: Experience, examples: Int[Tensor, " n"], network: nn.Module, step: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `DPO.scores`, of the good samples and then of the bad ones."""
+        pairs = experience.items[examples]
+        trajectory = experience.rollout.trajectory.index(pairs.T.flatten())
+        generators = sample_streams((*experience.rollout.key, step), examples.tolist() * 2)
+        return self.pairs.scores(trajectory, generators, network)
 
     def losses(
         self, experience: Experience, examples: Int[Tensor, " n"], step: int, network: nn.Module
     ) -> Iterator[Loss]:
-        """The loss of some pairs; kto's reference point is the mean of these."""
+        """The loss of some pairs; kto's reference point is that of the whole rollout."""
         if self.settings.loss_type == "dpo":
             yield from self.pairs.losses(experience, examples, step, network)
             return
-        pairs = experience.items[examples]
-        trajectory = experience.rollout.trajectory.index(pairs.T.flatten())
-        key = (*experience.rollout.key, step)
-        generators = sample_streams(key, examples.tolist() * 2)
-        logp, ref_logp, mask = self.pairs.scores(trajectory, generators, network)
+        logp, ref_logp, mask = self._scores(experience, examples, network, step)
         loss = kto_loss(
             logp,
             ref_logp,
-            torch.arange(len(logp), device=logp.device) < len(pairs),
+            torch.arange(len(logp), device=logp.device) < len(examples),
             mask,
             beta=self.pairs.beta,
             desirable_weight=self.settings.desirable_weight,
             undesirable_weight=self.settings.undesirable_weight,
             weight=experience.weights[examples].repeat(2),
+            z0=self._z0,
         )
         margin = ((logp - ref_logp) * mask).detach().sum(1)
         chosen, rejected = margin.chunk(2)
@@ -182,7 +213,7 @@ class MeanPart:
     """
 
     def __init__(self, values: Float[Tensor, "n 2"]) -> None:
-        self.values = values.nan_to_num(0.0).double()
+        self.values = values.double()
 
     def start(self, second: bool) -> float:
         """See `Part`."""
@@ -209,13 +240,14 @@ class SetPart:
     """
 
     def __init__(self, reward: SetReward, features: Float[Tensor, "n 2 d"]) -> None:
-        self.reward, self.features = reward, features
+        frechet = isinstance(reward, FrechetReward)
+        self.reward, self.features = reward, as_float64(features).cpu() if frechet else features
 
     def start(self, second: bool) -> float:
         """See `Part`."""
         self.side, self.rows = int(second), self.features[:, int(second)].clone()
         if isinstance(self.reward, FrechetReward):
-            self.moments = Moments.of(as_float64(self.rows).cpu())
+            self.moments = Moments.of(self.rows)
             return self.reward.score_moments(self.moments)
         return self.reward.score_set(self.rows)
 
@@ -223,9 +255,8 @@ class SetPart:
         """See `Part`."""
         new = self.features[index, 1 - self.side]
         if isinstance(self.reward, FrechetReward):
-            leaving, coming = (as_float64(x[None]).cpu() for x in (self.rows[index], new))
-            rest = self.moments.without(Moments.of(leaving))
-            self.next_moments = rest.merge(Moments.of(coming))
+            rest = without_row(self.moments, self.rows, index)
+            self.next_moments = rest.merge(Moments.of(new[None]))
             self.place, self.new = index, new
             return self.reward.score_moments(self.next_moments)
         rows = self.rows.clone()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nextscale.align.advantages import group_advantages, informative
 from nextscale.align.experience import Experience, Rollout
-from nextscale.align.methods.grpo import GRPO, GRPOConfig
+from nextscale.align.methods.grpo import GRPO, GRPOConfig, check_nested
 from nextscale.align.methods.method import Loss
 from nextscale.align.starts import Space
 from nextscale.align.trajectory import Policy, Trajectory
@@ -73,6 +73,7 @@ class FINDConfig:
         for name in ("replay", "value_weight"):
             require(f"find.{name}", getattr(self, name), getattr(self, name) >= 0, "be 0 or more")
         require("find.ema_decay", self.ema_decay, 0 <= self.ema_decay < 1, "lie in [0, 1)")
+        check_nested("find.loss", self.loss)
         choices = {
             "space": (None, "noise", "embedding", "prefix_table"),
             "baseline": ("group", "ema", "value"),
@@ -169,22 +170,19 @@ class FIND:
         self, experience: Experience, examples: Int[Tensor, " n"], step: int, network: nn.Module
     ) -> Iterator[Loss]:
         """The clipped loss of some starts, and the value network's."""
-        for loss, metrics in self.objective.losses(experience, examples, step, network):
-            if self.settings.baseline != "value":
+        parts = self.objective.losses(experience, examples, step, network)
+        for number, (loss, metrics) in enumerate(parts):
+            if self.settings.baseline != "value" or number:
                 yield loss, metrics
                 continue
             rows = experience.items[examples, 0]
             conditions = experience.rollout.trajectory.index(rows).conditions
             value = network(conditions["rows"], conditions["features"])[2]
-            errors = (value - experience.columns["returns"][rows]).square().nan_to_num(0.0)
+            returns = experience.columns["returns"][rows]
+            errors = (value - torch.where(returns.isnan(), value.detach(), returns)).square()
             error = (errors * experience.weights[examples]).mean()
-            yield (
-                loss + self.settings.value_weight * error,
-                {
-                    **metrics,
-                    "value_loss": float(error.detach()),
-                },
-            )
+            metrics = {**metrics, "value_loss": float(error.detach())}
+            yield loss + self.settings.value_weight * error, metrics
 
     # ---- what rewards are compared with ----------------------------------------------------------
 

@@ -136,6 +136,23 @@ class GRPOConfig:
             require(f"grpo.{name}", value, 0 < value <= 1, "lie in (0, 1]")
 
 
+def check_nested(name: str, loss: GRPOConfig) -> None:
+    """What other methods do not take of GRPO's settings is refused, as it would do nothing.
+
+    Raises:
+        UserError: For such a setting.
+    """
+    allowed = {
+        "credit": ("trajectory",),
+        "kl_estimator": ("k3", "k2", "exact"),
+        "top_entropy_quantile": (1.0,),
+        "multi_objective_aggregation": ("sum_then_normalize",),
+    }
+    for key, values in allowed.items():
+        value, names = getattr(loss, key), " or ".join(map(str, values))
+        require(f"{name}.{key}", value, value in values, f"be {names}: others are GRPO's alone")
+
+
 class GRPO:
     """The policy gradient of `grpo_loss` on groups of samples.
 
@@ -266,7 +283,8 @@ class GRPO:
         found = []
         for ev in self._judged(rollout, "entropy"):
             assert ev.entropy is not None
-            found.append(torch.where(ev.mask, ev.entropy, torch.nan))
+            counted = ev.mask & (self.weights.to(ev.logp) > 0)
+            found.append(torch.where(counted, ev.entropy, torch.nan))
         entropy = torch.cat(found)
         order = entropy[~entropy.isnan()].sort(descending=True).values
         count = max(1, round(self.settings.top_entropy_quantile * len(order)))

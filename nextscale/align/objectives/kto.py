@@ -17,14 +17,15 @@ def kto_loss(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
     weight: Float[Tensor, " b"] | None = None,
+    z0: float | None = None,
 ) -> Float[Tensor, ""]:
     """Prospect-theoretic loss (KTO, arXiv 2402.01306, equation 8).
 
     h = sum_u m (logp - ref), z0 = sg[max(0, mean h)];
     L = mean_i w_i (1 - sigma(+-beta (h_i - z0))), + for desirable samples, - for the others.
 
-    Differs from the paper: the reference point z0 is the mean over this batch, not over mismatched
-    pairs of prompt and sample.
+    Differs from the paper: the reference point z0 is the mean over given samples, not over
+    mismatched pairs of prompt and sample.
 
     Args:
         logps: Under the policy, natural logarithm.
@@ -35,12 +36,13 @@ def kto_loss(
         desirable_weight: Weight of good samples; keep weight times number equal on both sides.
         undesirable_weight: Weight of bad samples.
         weight: Of each sample, besides; None: 1.
+        z0: The reference point, 0 or more; None: that of this batch.
     """
     ratio = logps - ref_logps
     h = (ratio if mask is None else ratio * mask.to(ratio.dtype)).sum(1)
-    z0 = h.mean().clamp_min(0).detach()
+    point = h.mean().clamp_min(0).detach() if z0 is None else z0
     sign = torch.where(desirable, h.new_tensor(1.0), h.new_tensor(-1.0))
     weights = h.new_tensor(desirable_weight), h.new_tensor(undesirable_weight)
     each = torch.where(desirable, *weights)
     each = each if weight is None else each * weight
-    return (each * (1 - torch.sigmoid(sign * beta * (h - z0)))).mean()
+    return (each * (1 - torch.sigmoid(sign * beta * (h - point)))).mean()

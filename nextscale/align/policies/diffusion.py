@@ -182,20 +182,23 @@ class DiffusionPolicy:
         *,
         generators: Sequence[torch.Generator],
     ) -> Trajectory:
-        """Keep the latents before `at_step`, draw the others; see `Policy.branch`."""
+        """Keep the latents before `at_step`, draw the others; see `Policy.branch`.
+
+        The noise before step 0 is no step: siblings of step 0 share it (B2-DiffuRL's last stage).
+        """
         check_branch(at_step, self.num_steps, count)
         self._check_same(trajectory)
         parents = trajectory.repeat_interleave(count)
         if at_step == self.num_steps:
             return replace(parents, parent_step=at_step)
-        latents = parents.actions[at_step - 1] if at_step else None
+        latents = parents.actions[at_step - 1] if at_step else parents.start
         flags = (*parents.stochastic[:at_step], *self.stochastic[at_step:])
         drawn = self._draw(parents.conditions, generators, latents, at_step, flags)
         return replace(
             drawn,
             actions=[*parents.actions[:at_step], *drawn.actions],
             logps=[*parents.logps[:at_step], *drawn.logps],
-            start=parents.start if at_step else drawn.start,
+            start=parents.start,
             branch_id=parents.branch_id,
             parent_step=at_step,
         )

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nextscale.align.objectives.kl import categorical_kl
@@ -39,7 +39,6 @@ class StartPolicy:
         UserError: For a space that the generator does not have.
     """
 
-    averaged = False  # its own means over dimensions are FIND's to scale
     baseline: Reference | None = None
 
     def __init__(
@@ -62,6 +61,11 @@ class StartPolicy:
         if isinstance(base, NextScalePolicy) and space == "prefix_table":
             ends = [where.stop for where in base.model.schedule.slices]
             self._scales = ends.index(starts.shape.shape[0]) + 1
+
+    @property
+    def averaged(self) -> bool:
+        """Whether a log-density is a mean over dimensions."""
+        return self.kind == "gaussian" and self.logp_reduction == "mean"
 
     @property
     def num_steps(self) -> int:
@@ -87,8 +91,18 @@ class StartPolicy:
         """What the generator needs, rows of the table, features of the prompts."""
         encoded = self.base.encode(conditions)
         features = prompt_features(self.base, encoded)
-        rows = self.starts.rows(conditions).to(features.device)
+        rows = self.rows(conditions).to(features.device)
         return {"base": encoded, "rows": rows, "features": features}
+
+    def rows(self, conditions: Sequence[Any]) -> Int[Tensor, " b"]:
+        """See `StartDistribution.rows`; class labels may be names or digits, too.
+
+        Raises:
+            UserError: For prompts or labels that the table does not hold.
+        """
+        if isinstance(self.base, NextScalePolicy) and not self.base.model.conditioner.prompts:
+            conditions = self.base.encode(conditions).tolist()
+        return self.starts.rows(conditions)
 
     # ---- drawing -----------------------------------------------------------------------------
 
@@ -316,8 +330,10 @@ def prompt_features(base: NextScalePolicy | DiffusionPolicy, encoded: Any) -> Fl
             return base.model.condition(encoded).pooled.float()
     block = encoded[base.plan.conditional]
     rows = [tensor for tensor in block.values() if tensor.is_floating_point()]
-    if not rows:  # class labels
-        return torch.cat([tensor.reshape(len(tensor), -1).float() for tensor in block.values()], 1)
+    if not rows:  # class labels, and one more for no class
+        (labels,) = block.values()
+        classes = cast(Any, base.network).config.num_embeds_ada_norm + 1
+        return torch.nn.functional.one_hot(labels.reshape(len(labels)), classes).float()
     widest = max(rows, key=lambda tensor: tensor.ndim)
     return widest.float().flatten(1, -2).mean(1) if widest.ndim > 2 else widest.float()
 

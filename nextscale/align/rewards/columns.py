@@ -73,7 +73,10 @@ def set_features(
 
 
 def set_column(reward: SetReward, features: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
-    """A set reward as a column: each row's contribution, float32.
+    """A set reward as a column: each row's contribution times n, float32.
+
+    The contribution of one of n rows is of the order of 1 / n of the set's score; times n it weighs
+    beside rewards of single pictures as the score itself would.
 
     Args:
         reward: A set reward.
@@ -87,7 +90,7 @@ def set_column(reward: SetReward, features: Float[Tensor, "n d"]) -> Float[Tenso
     found = numbers(f'the reward "{reward.name}"', found, (len(features),), what)
     if bool(found.isinf().any()):
         raise UserError(f'the reward "{reward.name}" must return {what}; got inf', exit_code=1)
-    return found.float()
+    return found.float() * len(features)
 
 
 def set_score(reward: SetReward, features: Float[Tensor, "n d"]) -> float:

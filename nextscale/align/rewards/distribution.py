@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nextscale import storage
 from nextscale.align.rewards.reward import CheckedReward, Prompts, as_reward
 from nextscale.data.images import to_uint8
 from nextscale.errors import UserError
@@ -85,7 +86,7 @@ class FrechetReward:
         if len(rows) < 3:
             raise UserError(f'the reward "{self.name}" needs 3 pictures or more, got {len(rows)}')
         whole = Moments.of(rows)
-        without = [self._distance(_without(whole, rows, i)) for i in range(len(rows))]
+        without = [self._distance(without_row(whole, rows, i)) for i in range(len(rows))]
         found = torch.tensor(without, dtype=torch.float64) - self._distance(whole)
         return found.to(features.device)
 
@@ -232,7 +233,7 @@ def _moments(reference: str, network: SmallFeatures | ClipFeatures, tap: str) ->
     if Path(reference).suffix == ".txt":
         if isinstance(network, SmallFeatures):
             raise UserError(f"{reference} holds texts, which only CLIP reads: use frechet_clip")
-        lines = [line.strip() for line in Path(reference).read_text("utf-8").splitlines()]
+        lines = [line.strip() for line in storage.read_lines(reference)]
         texts = [line for line in lines if line]
         if not texts:
             raise UserError(f"{reference} holds no texts; write one exemplar per line")
@@ -254,7 +255,7 @@ def _world(name: str, network: SmallFeatures | ClipFeatures) -> tuple[Any, int]:
     return draw, NUM_REFERENCE
 
 
-def _without(whole: Moments, rows: Tensor, index: int) -> Moments:
+def without_row(whole: Moments, rows: Float[Tensor, "n d"], index: int) -> Moments:
     """Moments without one row; anew where subtraction would leave nothing but rounding."""
     rest = whole.without(Moments.of(rows[index : index + 1]))
     if rest.scatter.trace() > _CANCELLED * whole.scatter.trace():
