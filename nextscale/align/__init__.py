@@ -8,17 +8,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nextscale.align.config import AlignConfig
     from nextscale.align.rewards import as_reward, open_reward
+    from nextscale.align.start_model import Start
     from nextscale.align.train import AlignResult, align
 
 _HOME = {
     "AlignConfig": "config",
     "AlignResult": "train",
+    "Start": "start_model",
     "align": "train",
     "as_reward": "rewards",
     "open_reward": "rewards",
 }
 
-__all__ = ["AlignConfig", "AlignResult", "align", "as_reward", "open_reward"]
+__all__ = ["AlignConfig", "AlignResult", "Start", "align", "as_reward", "open_reward"]
 
 
 def __getattr__(name: str) -> Any:

@@ -26,6 +26,7 @@ from nextscale.align.models import AlignModel
 from nextscale.align.pairs import load_pairs, read_pairs
 from nextscale.align.prompts import Prompt, draw_prompts
 from nextscale.align.rewards import RewardTrend
+from nextscale.align.rewards.distribution import warn_of_small_sets
 from nextscale.align.rewards.reward import AnyReward, PairwiseReward
 from nextscale.align.trajectory import Trajectory
 from nextscale.errors import UserError
@@ -62,6 +63,10 @@ class Online:
                 f"{processes.world_size()} processes) does not divide; {self._advice()}"
             )
         self.steps = config.num_iterations * self.size // batch
+        pictures = config.num_prompts * config.num_generations * (method.branch() or (0, 1))[1]
+        for reward, weight in zip(rewards, weights, strict=True):
+            if weight:
+                warn_of_small_sets(reward, pictures // 2 if config.method == "dragon" else pictures)
         every = config.checkpointing_steps
         self.checkpointing_steps = every and math.ceil(every / self.steps) * self.steps
         self.number, self.experience, self.scored = -1, None, False

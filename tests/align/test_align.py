@@ -297,8 +297,10 @@ def test_gradient_checkpointing_changes_nothing_with_drop_path(
         {"train_batch_size": 8},
         {"grpo": GRPOConfig(credit="vmr", vmr_scale=2), "num_generations": 2},
         {"method": "dpo", "dpo": DPOConfig(pairs_per_group=2), "train_batch_size": 4},
+        {"method": "b2"},
+        {"method": "dragon", "train_batch_size": 4},
     ],
-    ids=["grpo", "vmr", "dpo"],
+    ids=["grpo", "vmr", "dpo", "b2", "dragon"],
 )
 def test_two_processes_are_one(
     tmp_path: Path,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nextscale.align import AlignConfig, align
 from nextscale.align.config import DiffusionSettings
+from nextscale.align.methods.b2 import B2, B2Config
 from nextscale.align.methods.dpo import DPO, DPOConfig
 from nextscale.align.methods.grpo import GRPO, GRPOConfig
 from nextscale.align.policies.diffusion import DiffusionPolicy
@@ -68,12 +69,13 @@ def log(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("method", ["grpo", "dpo", "raft"])
+@pytest.mark.parametrize("method", ["grpo", "dpo", "raft", "b2", "dragon"])
 def test_every_method_trains_a_pipeline_that_diffusers_opens(
     tmp_path: Path, pipeline_folder: Path, method: str
 ) -> None:
-    small = {"train_batch_size": 1} if method != "grpo" else {}
-    config = settings(tmp_path / "run", pipeline_folder, method=method, **small)
+    small = {"train_batch_size": 1} if method in ("dpo", "raft", "dragon") else {}
+    branches = B2Config(advantage="branch")
+    config = settings(tmp_path / "run", pipeline_folder, method=method, b2=branches, **small)
     align(config, progress=False)
     lines = log(tmp_path / "run")
     assert all(line["grad_norm"] > 0 for line in lines)
@@ -86,6 +88,20 @@ def test_every_method_trains_a_pipeline_that_diffusers_opens(
     for part in ("vae", "text_encoder"):
         for name, tensor in getattr(tuned, part).state_dict().items():
             assert torch.equal(tensor, getattr(base, part).state_dict()[name])
+
+
+def test_branches_begin_where_a_step_is_random(tmp_path: Path) -> None:
+    """The last step of `set_alpha_to_one` is not: the interval ends before it."""
+    pipe = tiny_pipelines.stable_diffusion()
+    changes = {"set_alpha_to_one": True, "steps_offset": 0, "timestep_spacing": "trailing"}
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, **changes)
+    policy = DiffusionPolicy(pipe, num_inference_steps=5)
+    assert B2(B2Config(first_interval=1), policy).branch() == (3, 4)
+    with pytest.raises(UserError, match="be at most the 4 steps that are trained"):
+        B2(B2Config(last_interval=5), policy)
+    still = DiffusionPolicy(pipe, num_inference_steps=5, stochastic_steps=())
+    with pytest.raises(UserError, match="no step of this sampler is random"):
+        B2(B2Config(), still)
 
 
 def test_a_resumed_run_is_the_unbroken_one(tmp_path: Path, pipeline_folder: Path) -> None:

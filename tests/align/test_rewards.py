@@ -45,6 +45,7 @@ from nextscale.align.rewards.distribution import (
     FrechetReward,
     VendiReward,
     instance_to_distribution,
+    warn_of_small_sets,
 )
 from nextscale.align.rewards.ocr import ocr_reward, open_recogniser
 from nextscale.align.rewards.remote import http_reward
@@ -531,6 +532,17 @@ def test_exemplars_may_be_texts_in_the_space_of_clip(
         reward.score_set(reward.features(images[i[:count]], [""] * count)) for i in (red, blue)
     )
     assert near > far  # pictures of what the texts say
+    alone: Any = open_reward(f"frechet_clip_instance:{texts}@{BUNDLED}")
+    values = [alone(images[i[:count]], [""] * count).values.mean() for i in (red, blue)]
+    assert values[0] > values[1]
+
+
+def test_sets_smaller_than_their_features_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    reward = golden_frechet()
+    warn_of_small_sets(reward, len(reward.mean) + 1)
+    assert not caplog.text
+    warn_of_small_sets(reward, len(reward.mean))
+    assert f"sets of {len(reward.mean)} pictures, fewer than its" in caplog.text
 
 
 def test_exemplars_that_are_none(tmp_path: Path) -> None:
@@ -544,6 +556,9 @@ def test_exemplars_that_are_none(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64)).save(tmp_path / "one" / "a.png")
     with pytest.raises(UserError, match="holds one exemplar, which has no spread"):
         open_reward(f"frechet:{tmp_path / 'one'}")
+    (tmp_path / "texts.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="is no text in UTF-8"):
+        open_reward(f"frechet_clip:{tmp_path / 'texts.txt'}")
     (tmp_path / "texts.txt").write_text("\n\n")
     with pytest.raises(UserError, match="holds no texts"):
         open_reward(f"frechet_clip:{tmp_path / 'texts.txt'}")

@@ -21,9 +21,7 @@ from nextscale.align.experience import Experience, Rollout
 from nextscale.align.methods.grpo import GRPO, GRPOConfig, check_nested
 from nextscale.align.methods.method import Loss
 from nextscale.align.trajectory import Policy
-from nextscale.errors import require
-
-_FIRST = {"gaussian": 0.7, "categorical": 0.5}  # share of the steps in the first interval
+from nextscale.errors import UserError, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +32,8 @@ class B2Config:
     """Completions of each prefix, `split_time` (3 in the released configuration, 5 in its script).
     A group then has num_generations x num_branches samples."""
     first_interval: int | None = None
-    """Steps trained in the first stage, the last ones (of `train_scales`); None: 0.7 of the
-    denoising steps (14 of 20), half of the scales."""
+    """Steps trained in the first stage, the last ones of those that are random (or of
+    `train_scales`); None: 0.7 of the denoising steps (14 of 20), 3 scales."""
     last_interval: int | None = None
     """Steps trained in the last stage; None: all."""
     num_stages: int = 20
@@ -93,8 +91,14 @@ class B2:
         self.objective = GRPO(settings.loss, policy)
         self.needs_reference = self.objective.needs_reference
         steps = len(policy.trained)
-        first = settings.first_interval or max(1, round(_FIRST[policy.kind] * steps))
+        if not steps:
+            raise UserError(
+                "no step of this sampler is random, so B2-DiffuRL has none to branch at. Set "
+                "diffusion.eta (or diffusion.noise_level) above 0"
+            )
         last = settings.last_interval or steps
+        usual = max(1, round(0.7 * steps)) if policy.kind == "gaussian" else 3
+        first = settings.first_interval or min(usual, last)
         limit = f"be at most the {steps} steps that are trained"
         require("b2.last_interval", last, last <= steps, limit)
         require("b2.first_interval", first, first <= last, f"be at most last_interval {last}")
@@ -114,7 +118,7 @@ class B2:
 
     def branch(self) -> tuple[int, int]:
         """Where the current interval begins."""
-        return len(self.policy.trained) - self.interval(self.stage), self.settings.num_branches
+        return self.policy.trained[-self.interval(self.stage)], self.settings.num_branches
 
     def learn(self, rollout: Rollout) -> Experience:
         """Advantages within branches; moves on to the next stage when this one is over."""

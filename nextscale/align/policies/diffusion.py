@@ -128,9 +128,9 @@ class DiffusionPolicy:
         return len(self.transitions.timesteps)
 
     @property
-    def trained(self) -> range:
-        """All steps."""
-        return range(self.num_steps)
+    def trained(self) -> list[int]:
+        """The random ones."""
+        return [step for step, is_random in enumerate(self.stochastic) if is_random]
 
     @property
     def units(self) -> tuple[int, ...]:

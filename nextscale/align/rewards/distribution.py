@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nextscale import storage
-from nextscale.align.rewards.reward import CheckedReward, Prompts, as_reward
+from nextscale.align.rewards.reward import AnyReward, CheckedReward, Prompts, as_reward
 from nextscale.data.images import to_uint8
 from nextscale.errors import UserError
 from nextscale.eval.clip import ClipFeatures
@@ -150,7 +150,7 @@ def instance_to_distribution(
     return -(squares + as_float64(covariance).trace().to(rows))
 
 
-def instance_frechet_reward(reward: FrechetReward) -> CheckedReward:
+def instance_frechet_reward(reward: FrechetReward, name: str = "frechet_instance") -> CheckedReward:
     """`instance_to_distribution` as a reward of single pictures."""
 
     def distance(images: Float[Tensor, "b 3 h w"], prompts: Prompts) -> Tensor:
@@ -158,7 +158,7 @@ def instance_frechet_reward(reward: FrechetReward) -> CheckedReward:
         return instance_to_distribution(rows, reward.mean, reward.covariance)
 
     bounds = (-float("inf"), 0.0)
-    return as_reward(distance, "frechet_instance", range=bounds, needs_prompt=False)
+    return as_reward(distance, name, range=bounds, needs_prompt=False)
 
 
 def frechet_reward(
@@ -207,6 +207,17 @@ def _check_count(reference: str, count: int, features: int) -> None:
             "%s holds %d exemplars, fewer than the %d features: their covariance is not of full "
             "rank, and the distance is far above its value for many exemplars",
             *(reference, count, features),
+        )
+
+
+def warn_of_small_sets(reward: AnyReward, count: int) -> None:
+    """Say it if sets of `count` pictures are too small for a Fréchet reward's features."""
+    if isinstance(reward, FrechetReward) and count <= len(reward.mean):
+        logger.warning(
+            'the reward "%s" compares sets of %d pictures, fewer than its %d features: distances '
+            "are biased upwards, and only comparable between sets of this size. Draw more pictures "
+            "per rollout",
+            *(reward.name, count, len(reward.mean)),
         )
 
 

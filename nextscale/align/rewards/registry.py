@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,6 +22,9 @@ from nextscale.align.rewards.remote import http_reward
 from nextscale.align.rewards.reward import AnyReward, Range, scorer_reward
 from nextscale.align.rewards.scenes import checker_reward
 from nextscale.errors import UserError
+
+if TYPE_CHECKING:
+    from nextscale.align.rewards.distribution import FrechetReward
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ def open_reward(
     | frechet:EXEMPLARS | set reward: Fréchet distance in the bundled features |
     | frechet_instance:EXEMPLARS | the same of each picture alone |
     | frechet_clip:EXEMPLARS[@MODEL] | the set reward in CLIP's space: also exemplar texts |
+    | frechet_clip_instance:EXEMPLARS[@MODEL] | the same of each picture alone |
     | vendi | set reward: diversity in the bundled features |
     | pickscore, hpsv2, imagereward, aesthetic[:FILE] | preference models |
     | ocr[:PACKAGE] | share of the quoted text that is read in the picture |
@@ -158,7 +162,7 @@ def _frechet_instance(argument: str | None, opening: Opening) -> AnyReward:
     return instance_frechet_reward(frechet_reward(exemplars, small_features(device=opening.device)))
 
 
-def _frechet_clip(argument: str | None, opening: Opening) -> AnyReward:
+def _frechet_clip(argument: str | None, opening: Opening) -> FrechetReward:
     from nextscale.align.rewards.distribution import frechet_reward
     from nextscale.eval.clip import BUNDLED, ClipFeatures, open_clip_model
 
@@ -168,6 +172,12 @@ def _frechet_clip(argument: str | None, opening: Opening) -> AnyReward:
         exemplars, _, model = what.rpartition("@")
     clip = open_clip_model(model, device=opening.device, download=opening.download)
     return frechet_reward(exemplars, ClipFeatures(clip, ["clip"]), "frechet_clip")
+
+
+def _frechet_clip_instance(argument: str | None, opening: Opening) -> AnyReward:
+    from nextscale.align.rewards.distribution import instance_frechet_reward
+
+    return instance_frechet_reward(_frechet_clip(argument, opening), "frechet_clip_instance")
 
 
 def _vendi(argument: str | None, opening: Opening) -> AnyReward:
@@ -205,6 +215,7 @@ REWARDS: dict[str, Factory] = {
     "frechet": _frechet,
     "frechet_instance": _frechet_instance,
     "frechet_clip": _frechet_clip,
+    "frechet_clip_instance": _frechet_clip_instance,
     "vendi": _vendi,
     "pickscore": _preference("pickscore", (-100.0, 100.0)),
     "hpsv2": _preference("hpsv2", (-1.0, 1.0)),
