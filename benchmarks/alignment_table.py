@@ -94,6 +94,7 @@ def flags_of(row: str, seed: int, options: argparse.Namespace) -> list[str]:
         "num_eval_prompts": options.prompts,
         "num_eval_images": 2,
         "seed": seed,
+        "temperature": 1.0,
         "model": str(Path(options.output_dir, "model")),
     }
     flags = [part for key, value in shared.items() for part in (f"--{key}", str(value))]
