@@ -2,8 +2,9 @@
 
 Three spaces. `noise`: the latents before step 0 of a diffusion pipeline, N(mu, sd^2) instead of
 N(0, 1). `embedding`: an offset of a next-scale transformer's start token, N(mu, sd^2).
-`prefix_table`: logits added to the transformer's own for the tokens of the first scales. Each is a
-table with one row per prompt, or a network of the prompt's features that answers for any prompt.
+`prefix_table`: for each token of the first scales logits that are added to the transformer's own,
+and the factor exp(s) by which these are sharpened first. Each is a table with one row per prompt,
+or a network of the prompt's features that answers for any prompt.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from nextscale.errors import UserError
 Space = Literal["noise", "embedding", "prefix_table"]
 FILE = "start.safetensors"
 _FORMAT = "nextscale-start-1"
-_MOST_LOG_STD = 2.0  # a deviation beyond 7 times the initial one would run away
+_MOST_LOG = 2.0  # a deviation, or a factor, beyond 7 times the initial one would run away
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class StartDistribution(nn.Module):
         super().__init__()
         self.shape = shape
         size = int(torch.Size(shape.shape).numel())
-        outputs = size if shape.space == "prefix_table" else 2 * size
+        outputs = size + shape.shape[0] if shape.space == "prefix_table" else 2 * size
         self.table = self.network = None
         if shape.prompts is not None:
             self.table = nn.Parameter(torch.zeros(len(shape.prompts), outputs))
@@ -96,8 +97,8 @@ class StartDistribution(nn.Module):
 
     def forward(
         self, rows: Int[Tensor, " b"], features: Float[Tensor, "b f"]
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(mean, std, value) of Gaussian spaces, (logits to add, None, value) of tables; fp32."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(mean, std, value) of Gaussian spaces, (logits to add, factor, value) of tables; fp32."""
         with torch.autocast(features.device.type, enabled=False):
             features = features.float()
             if self.table is not None:
@@ -107,12 +108,13 @@ class StartDistribution(nn.Module):
                 found = self.network(features)
             value = None if self.value is None else self.value(features)[:, 0]
             if self.shape.space == "prefix_table":
-                return found.view(-1, *self.shape.shape), None, value
+                added, factor = found.tensor_split([-self.shape.shape[0]], dim=1)
+                factor = _bounded(factor, -_MOST_LOG, _MOST_LOG).exp()
+                return added.view(-1, *self.shape.shape), factor, value
             mean, log_std = (part.view(-1, *self.shape.shape) for part in found.chunk(2, dim=1))
             initial = self.shape.initial_std
-            held = log_std.clamp(math.log(self.shape.min_std / initial), _MOST_LOG_STD)
-            held = log_std + (held - log_std).detach()  # beyond the bounds a gradient leads back
-            return initial * mean, initial * held.exp(), value
+            log_std = _bounded(log_std, math.log(self.shape.min_std / initial), _MOST_LOG)
+            return initial * mean, initial * log_std.exp(), value
 
 
 def save_starts(starts: StartDistribution, folder: Path, fingerprint: str) -> None:
@@ -160,6 +162,11 @@ def _shape(fields: Mapping[str, Any]) -> StartShape:
     prompts = fields["prompts"]
     changed = {"shape": tuple(fields["shape"]), "prompts": prompts and tuple(prompts)}
     return StartShape(**{**fields, **changed})
+
+
+def _bounded(values: Tensor, low: float, high: float) -> Tensor:
+    """Clamped, but with the gradient of the values, so that it can lead back."""
+    return values + (values.clamp(low, high) - values).detach()
 
 
 def _mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:

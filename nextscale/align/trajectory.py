@@ -150,8 +150,12 @@ class Policy(Protocol):
     """
 
     kind: Kind
-    averaged: bool
     baseline: Reference | None
+
+    @property
+    def averaged(self) -> bool:
+        """See above."""
+        ...
 
     @property
     def trained(self) -> Sequence[int]:

@@ -155,18 +155,19 @@ class StartPolicy:
             deterministic: The mean, or the likeliest tokens.
         """
         network = self.starts if network is None else network
-        first, std, _ = network(conditions["rows"], conditions["features"])
-        if std is not None:
+        first, second, _ = network(conditions["rows"], conditions["features"])
+        if self.kind == "gaussian":
             if deterministic:
                 return [first]
             noise = [torch.randn(first.shape[1:], generator=g) for g in generators]
-            return [first + std * torch.stack(noise).to(first)]
+            return [first + second * torch.stack(noise).to(first)]
         assert isinstance(self.base, NextScalePolicy)
         draws = ImageDraws(_copies(generators), self.base.model.schedule.lengths)
         tokens: list[Tensor] = []
-        parts = first.split(self.units, dim=1)
-        for scale, bias in enumerate(parts):
-            logits = self._base_logits(conditions, tokens, scale + 1)[:, -bias.shape[1] :] + bias
+        parts = zip(first.split(self.units, dim=1), second.split(self.units, dim=1), strict=True)
+        for scale, (added, factor) in enumerate(parts):
+            own = self._base_logits(conditions, tokens, scale + 1)[:, -added.shape[1] :]
+            logits = own * factor[..., None] + added
             top_k, top_p = (1, 1.0) if deterministic else filters
             tokens.append(draws.tokens(scale, filter_logits(logits, top_k, top_p)))
         return tokens
@@ -216,15 +217,14 @@ class StartPolicy:
         network = self.starts if network is None else network
         wanted = range(self.num_steps) if steps is None else sorted(set(steps))
         conditions = trajectory.conditions
-        first, std, _ = network(conditions["rows"], conditions["features"])
-        judge = self._of_gaussian if std is not None else self._of_tokens
-        ev = judge(trajectory, first, std)
+        first, second, _ = network(conditions["rows"], conditions["features"])
+        judge = self._of_gaussian if self.kind == "gaussian" else self._of_tokens
+        ev = judge(trajectory, first, second)
         allowed = torch.zeros(self.num_steps, dtype=torch.bool, device=ev.logp.device)
         allowed[list(wanted)] = True
         return replace(ev, mask=allowed[ev.step].expand(len(ev.logp), -1))
 
-    def _of_gaussian(self, trajectory: Trajectory, mean: Tensor, std: Tensor | None) -> StepEval:
-        assert std is not None
+    def _of_gaussian(self, trajectory: Trajectory, mean: Tensor, std: Tensor) -> StepEval:
         start, spread = trajectory.actions[0], self.starts.shape.initial_std
         normal = torch.distributions.Normal(mean, std)
         initial = torch.distributions.Normal(torch.zeros_like(mean), spread)
@@ -241,11 +241,12 @@ class StartPolicy:
             entropy=self._reduce(normal.entropy()),
         )
 
-    def _of_tokens(self, trajectory: Trajectory, bias: Tensor, std: None) -> StepEval:
+    def _of_tokens(self, trajectory: Trajectory, added: Tensor, factor: Tensor) -> StepEval:
         tokens = torch.cat(trajectory.actions, dim=1)
         with torch.no_grad():
             own = self._base_logits(trajectory.conditions, trajectory.actions, self.num_steps)
-        log_p, reference = (own + bias).log_softmax(-1), own.log_softmax(-1)
+        log_p = (own * factor[..., None] + added).log_softmax(-1)
+        reference = own.log_softmax(-1)
         index = torch.arange(self.num_steps, device=tokens.device).repeat_interleave(
             torch.tensor(self.units, device=tokens.device)
         )
