@@ -74,7 +74,8 @@ SUITES: dict[str, dict[str, str]] = {
         "--eval_prompts KNOWN --num_eval_images 8"
         for name, flags in {
             "any caption": "",
-            "known captions": "--prompts KNOWN --find.no_amortised --learning_rate 1e-1",
+            "known captions": "--prompts KNOWN --find.no_amortised --find.space prefix_table "
+            "--learning_rate 1e-1",
         }.items()
         for count in ROLLOUTS
     },

@@ -17,7 +17,7 @@ from nextscale.align.policies.diffusion import DiffusionPolicy
 from nextscale.align.policies.next_scale import NextScalePolicy
 from nextscale.align.policies.start import StartPolicy, prompt_features
 from nextscale.align.prompts import open_prompts
-from nextscale.align.starts import StartDistribution, StartShape, read_starts, save_starts
+from nextscale.align.starts import TOKENS, StartDistribution, StartShape, read_starts, save_starts
 from nextscale.errors import UserError, require
 from nextscale.pipeline import NextScalePipeline, candidate_seeds
 from nextscale.streams import image_stream, stream
@@ -88,7 +88,8 @@ def open_starts(config: AlignConfig, inner: AlignModel) -> StartModel:
     base.network.requires_grad_(False).eval()
     settings = config.find
     diffusion = isinstance(base, DiffusionPolicy)
-    space = settings.space or ("noise" if diffusion else "prefix_table")
+    of_tokens = "sharpness" if settings.amortised else "prefix_table"
+    space = settings.space or ("noise" if diffusion else of_tokens)
     if diffusion and settings.deterministic and settings.suffixes > 1:
         raise UserError(
             f"find.suffixes is {settings.suffixes}, but without noise behind the start all of them "
@@ -115,6 +116,7 @@ def open_starts(config: AlignConfig, inner: AlignModel) -> StartModel:
                 prompts=prompts,
                 hidden=settings.hidden,
                 min_std=settings.min_std,
+                lengths=base.units[: settings.prefix_scales] if space in TOKENS else (),
             ),
             value=settings.baseline == "value",
         ).to(features.device)

@@ -1,10 +1,11 @@
 """Learned start distributions (FIND): what is trained instead of the generator, and its file.
 
-Three spaces. `noise`: the latents before step 0 of a diffusion pipeline, N(mu, sd^2) instead of
+Four spaces. `noise`: the latents before step 0 of a diffusion pipeline, N(mu, sd^2) instead of
 N(0, 1). `embedding`: an offset of a next-scale transformer's start token, N(mu, sd^2).
-`prefix_table`: for each token of the first scales logits that are added to the transformer's own,
-and the factor exp(s) by which these are sharpened first. Each is a table with one row per prompt,
-or a network of the prompt's features that answers for any prompt.
+`prefix_table`: logits added to the transformer's own for the tokens of the first scales.
+`sharpness`: for each of the first scales the factor of the transformer's own logits, an inverse
+temperature; a few numbers, that many prompts learn together. Each is a table with one row per
+prompt, or a network of the prompt's features that answers for any prompt.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from torch import Tensor, nn
 from nextscale import storage
 from nextscale.errors import UserError
 
-Space = Literal["noise", "embedding", "prefix_table"]
+Space = Literal["noise", "embedding", "prefix_table", "sharpness"]
+TOKENS = ("prefix_table", "sharpness")  # spaces whose starts are tokens
 FILE = "start.safetensors"
 _FORMAT = "nextscale-start-1"
 _MOST_LOG = 2.0  # a deviation, or a factor, beyond 7 times the initial one would run away
@@ -36,6 +38,7 @@ class StartShape:
     Attributes:
         space: See the module.
         shape: Of one start: latents, (width,) of the start token, or (tokens, codes).
+        lengths: Tokens of each scale of a prefix.
         initial_std: Standard deviation before training, of the Gaussian spaces.
         features: Width of a prompt's features.
         prompts: Rows of the table; None: a network answers for any prompt.
@@ -50,6 +53,7 @@ class StartShape:
     prompts: tuple[str | int, ...] | None
     hidden: int = 256
     min_std: float = 1e-4
+    lengths: tuple[int, ...] = ()
 
 
 class StartDistribution(nn.Module):
@@ -64,7 +68,7 @@ class StartDistribution(nn.Module):
         super().__init__()
         self.shape = shape
         size = int(torch.Size(shape.shape).numel())
-        outputs = size + shape.shape[0] if shape.space == "prefix_table" else 2 * size
+        outputs = {"prefix_table": size, "sharpness": len(shape.lengths)}.get(shape.space, 2 * size)
         self.table = self.network = None
         if shape.prompts is not None:
             self.table = nn.Parameter(torch.zeros(len(shape.prompts), outputs))
@@ -98,7 +102,7 @@ class StartDistribution(nn.Module):
     def forward(
         self, rows: Int[Tensor, " b"], features: Float[Tensor, "b f"]
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(mean, std, value) of Gaussian spaces, (logits to add, factor, value) of tables; fp32."""
+        """(mean, std, value), or of tokens (logits to add, factors, value); fp32."""
         with torch.autocast(features.device.type, enabled=False):
             features = features.float()
             if self.table is not None:
@@ -108,9 +112,12 @@ class StartDistribution(nn.Module):
                 found = self.network(features)
             value = None if self.value is None else self.value(features)[:, 0]
             if self.shape.space == "prefix_table":
-                added, factor = found.tensor_split([-self.shape.shape[0]], dim=1)
-                factor = _bounded(factor, -_MOST_LOG, _MOST_LOG).exp()
-                return added.view(-1, *self.shape.shape), factor, value
+                added = found.view(-1, *self.shape.shape)
+                return added, added.new_ones(1, added.shape[1]), value
+            if self.shape.space == "sharpness":
+                lengths = torch.tensor(self.shape.lengths, device=found.device)
+                factors = _bounded(found, -_MOST_LOG, _MOST_LOG).exp()
+                return found.new_zeros(1, 1, 1), factors.repeat_interleave(lengths, dim=1), value
             mean, log_std = (part.view(-1, *self.shape.shape) for part in found.chunk(2, dim=1))
             initial = self.shape.initial_std
             log_std = _bounded(log_std, math.log(self.shape.min_std / initial), _MOST_LOG)
@@ -160,8 +167,8 @@ def read_starts(path: str | Path, fingerprint: str) -> StartDistribution:
 
 def _shape(fields: Mapping[str, Any]) -> StartShape:
     prompts = fields["prompts"]
-    changed = {"shape": tuple(fields["shape"]), "prompts": prompts and tuple(prompts)}
-    return StartShape(**{**fields, **changed})
+    changed = {name: tuple(fields[name]) for name in ("shape", "lengths")}
+    return StartShape(**{**fields, **changed, "prompts": prompts and tuple(prompts)})
 
 
 def _bounded(values: Tensor, low: float, high: float) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from nextscale.align.policies.start import StartPolicy
 from nextscale.align.prompts import Prompt
 from nextscale.align.rewards import as_reward
 from nextscale.align.start_model import Start, draw_starts
-from nextscale.align.starts import StartDistribution, StartShape
+from nextscale.align.starts import TOKENS, StartDistribution, StartShape
 from nextscale.cli import main
 from nextscale.errors import UserError
 from nextscale.pipeline import NextScalePipeline
@@ -50,8 +51,10 @@ def pipe(
 
 def starts_of(pipe: NextScalePipeline, space: Any, prompts: Any = None) -> StartDistribution:
     width = pipe.transformer.head.in_features
-    shape = (5, pipe.transformer.config.codebook_size) if space == "prefix_table" else (width,)
-    return StartDistribution(StartShape(space, shape, 0.5, width, prompts))
+    tokens = space in TOKENS
+    shape = (5, pipe.transformer.config.codebook_size) if tokens else (width,)
+    lengths = (1, 4) if tokens else ()
+    return StartDistribution(StartShape(space, shape, 0.5, width, prompts, lengths=lengths))
 
 
 def policy_of(pipe: NextScalePipeline, starts: StartDistribution) -> StartPolicy:
@@ -139,12 +142,13 @@ def test_the_divergence_from_the_initial_distribution_is_exact() -> None:
 
 @pytest.mark.parametrize("candidates", [1, 3])
 @pytest.mark.parametrize("prompts", [None, (0, 1, 2, 3, 4)])
+@pytest.mark.parametrize("space", TOKENS)
 def test_an_untrained_prefix_is_the_generators_own(
-    pipe: NextScalePipeline, prompts: Any, candidates: int
+    pipe: NextScalePipeline, space: str, prompts: Any, candidates: int
 ) -> None:
     """Also where the likeliest of several candidates is kept: each begins with its own prefix."""
     pipe.generation = replace(pipe.generation, num_candidates=candidates)
-    policy = policy_of(pipe, starts_of(pipe, "prefix_table", prompts))
+    policy = policy_of(pipe, starts_of(pipe, space, prompts))
     labels, seeds = [0, 1, 2, 3], [5, 6, 7, 8]
     prefix = draw_starts(policy, labels, seeds, generation=pipe.generation)
     assert len(prefix) == 4 * candidates
@@ -162,7 +166,7 @@ def test_an_untrained_prefix_is_the_generators_own(
 def test_what_is_stored_is_judged_alike_and_branches_keep_the_start(
     pipe: NextScalePipeline,
 ) -> None:
-    for space in ("prefix_table", "embedding"):
+    for space in (*TOKENS, "embedding"):
         starts = starts_of(pipe, space)
         with torch.no_grad():
             for parameter in starts.parameters():
@@ -182,6 +186,18 @@ def test_what_is_stored_is_judged_alike_and_branches_keep_the_start(
         assert not torch.equal(again.images[0], again.images[1])
         with pytest.raises(UserError, match="branch at"):
             policy.branch(drawn, 0, 2, generators=streams(6))
+
+
+def test_sharpness_is_an_inverse_temperature(pipe: NextScalePipeline) -> None:
+    """Factors 2 of both scales of the prefix draw it as half the temperature does."""
+    starts = starts_of(pipe, "sharpness", (0, 1))
+    assert starts.table is not None
+    with torch.no_grad():
+        starts.table.fill_(math.log(2))
+    policy = policy_of(pipe, starts)
+    found = draw_starts(policy, [0, 1], [5, 6], generation=pipe.generation)
+    cold = pipe(class_labels=[0, 1], seed=[5, 6], temperature=(0.5, 0.5, 1.0, 1.0))
+    assert torch.equal(found, cold.tokens[:, :5])
 
 
 def test_an_offset_moves_the_picture_and_zero_does_not(pipe: NextScalePipeline) -> None:

@@ -32,12 +32,13 @@ class FINDConfig:
     """Settings of FIND."""
 
     space: Space | None = None
-    """noise (diffusion), embedding or prefix_table (next-scale); None: noise, or prefix_table."""
+    """noise (diffusion), embedding, prefix_table or sharpness (next-scale); None: noise, sharpness,
+    or prefix_table for a table."""
     amortised: bool = True
     """A network of the prompt's features, for any prompt; off: a table with a row for each of
     `prompts`, as in the paper."""
     prefix_scales: int = 3
-    """prefix_table: scales whose tokens are learnt."""
+    """prefix_table, sharpness: scales whose tokens are learnt."""
     initial_std: float | None = None
     """Standard deviation before training; None: 1 for noise, 0.1 of the start token's rms."""
     min_std: float = 1e-4
@@ -75,7 +76,7 @@ class FINDConfig:
         require("find.ema_decay", self.ema_decay, 0 <= self.ema_decay < 1, "lie in [0, 1)")
         check_nested("find.loss", self.loss)
         choices = {
-            "space": (None, "noise", "embedding", "prefix_table"),
+            "space": (None, "noise", "embedding", "prefix_table", "sharpness"),
             "baseline": ("group", "ema", "value"),
             "anchor": ("previous", "initial"),
             "logp_reduction": ("mean", "sum"),

@@ -15,7 +15,7 @@ from nextscale.align.objectives.kl import categorical_kl
 from nextscale.align.policies.diffusion import DiffusionPolicy
 from nextscale.align.policies.next_scale import NextScalePolicy
 from nextscale.align.references import Reference
-from nextscale.align.starts import StartDistribution
+from nextscale.align.starts import TOKENS, StartDistribution
 from nextscale.align.trajectory import Kind, StepEval, Trajectory
 from nextscale.errors import UserError
 from nextscale.var.filtering import ImageDraws, filter_logits
@@ -52,13 +52,13 @@ class StartPolicy:
         diffusion = isinstance(base, DiffusionPolicy)
         space = starts.shape.space
         if diffusion != (space == "noise"):
-            fits = "noise" if diffusion else "embedding or prefix_table"
+            fits = "noise" if diffusion else "embedding, prefix_table or sharpness"
             raise UserError(f"the start space {space} is none of this generator's; use {fits}")
         self.base, self.starts = base, starts
         self.deterministic, self.logp_reduction = deterministic and diffusion, logp_reduction
-        self.kind: Kind = "categorical" if space == "prefix_table" else "gaussian"
+        self.kind: Kind = "categorical" if space in TOKENS else "gaussian"
         self._scales = 0
-        if isinstance(base, NextScalePolicy) and space == "prefix_table":
+        if isinstance(base, NextScalePolicy) and space in TOKENS:
             ends = [where.stop for where in base.model.schedule.slices]
             self._scales = ends.index(starts.shape.shape[0]) + 1
 
@@ -164,10 +164,12 @@ class StartPolicy:
         assert isinstance(self.base, NextScalePolicy)
         draws = ImageDraws(_copies(generators), self.base.model.schedule.lengths)
         tokens: list[Tensor] = []
-        parts = zip(first.split(self.units, dim=1), second.split(self.units, dim=1), strict=True)
-        for scale, (added, factor) in enumerate(parts):
-            own = self._base_logits(conditions, tokens, scale + 1)[:, -added.shape[1] :]
-            logits = own * factor[..., None] + added
+        length = sum(self.units)
+        added, factors = first.expand(-1, length, -1), second.expand(-1, length)
+        parts = zip(added.split(self.units, dim=1), factors.split(self.units, dim=1), strict=True)
+        for scale, (bias, factor) in enumerate(parts):
+            own = self._base_logits(conditions, tokens, scale + 1)[:, -bias.shape[1] :]
+            logits = own * factor[..., None] + bias
             top_k, top_p = (1, 1.0) if deterministic else filters
             tokens.append(draws.tokens(scale, filter_logits(logits, top_k, top_p)))
         return tokens
