@@ -4,7 +4,9 @@
 
 Suites: `table` compares all methods on the checker; `sparse` compares B2-DiffuRL and GRPO on all
 statements or nothing; `sets` trains on properties of sets, and on single pictures for comparison;
-`find` trains starts, for known captions or any, for more and more rollouts.
+`find` trains starts, for known captions or any, for more and more rollouts; `diffusion` compares
+the methods on the pipeline of `nextscale train diffusion --config scenes-diffusion`, by the bytes
+of a JPEG.
 
 Each row is a shipped recipe, cut to --rollouts rollouts of 192 pictures at a constant learning
 rate; each run is a process of its own, for its peak memory. Measured on benchmark captions before
@@ -79,25 +81,38 @@ SUITES: dict[str, dict[str, str]] = {
         }.items()
         for count in ROLLOUTS
     },
+    "diffusion": {
+        "GRPO": "--config grpo-diffusion",
+        "DPO": "--config dpo-diffusion --max_train_steps 80",
+        "RAFT": "--config raft-diffusion --max_train_steps 80",
+        "FIND": "--config find-diffusion",
+        "B2-DiffuRL": "--config b2-diffusion",
+        "DRAGON": "--config dragon-diffusion",
+    },
 }
+DIFFUSION_SAMPLES = 2560  # of all rollouts of each row of the suite diffusion
 
 
 def flags_of(row: str, seed: int, options: argparse.Namespace) -> list[str]:
     """The command behind `nextscale align`; what the row says comes last and holds."""
     shared: dict[str, Any] = {
         "trend_p_value": None,  # a row shows what came out, whatever it is
-        "lr_scheduler": "constant",
-        "lr_warmup_steps": 5,
-        "max_train_steps": options.rollouts,
         "logging_steps": 2,
         "num_validation_prompts": 0,
         "checkpointing_steps": None,
         "num_eval_prompts": options.prompts,
         "num_eval_images": 2,
         "seed": seed,
-        "temperature": 1.0,
-        "model": str(Path(options.output_dir, "model")),
+        "model": options.diffusion,
     }
+    if options.suite != "diffusion":
+        shared |= {
+            "lr_scheduler": "constant",
+            "lr_warmup_steps": 5,
+            "max_train_steps": options.rollouts,
+            "temperature": 1.0,
+            "model": str(Path(options.output_dir, "model")),
+        }
     flags = [part for key, value in shared.items() for part in (f"--{key}", str(value))]
     for name, path in {"KNOWN": "known.txt", "EXEMPLARS": "exemplars"}.items():
         row = row.replace(name, str(Path(options.output_dir, path)))
@@ -120,8 +135,11 @@ def run(folder: Path, flags: list[str], earlier: Path | None = None) -> None:
         shutil.copytree(earlier, folder, ignore=shutil.ignore_patterns("peak_memory_kb"))
         flags = [*flags, "--resume_from_checkpoint", "latest"]
     folder.mkdir(parents=True, exist_ok=True)
-    for first in sorted(folder.parent.glob("*/before.safetensors"))[:1]:
-        shutil.copy(first, folder)  # the base draws the same again; other captions are drawn anew
+    first = sorted(folder.parent.glob("*/before.safetensors"))
+    if first and earlier is None:
+        shutil.copy(
+            first[0], folder
+        )  # the base draws the same again; other captions are drawn anew
     command = [sys.executable, "-m", "nextscale", "align", *flags, "--output_dir", str(folder)]
     with (folder / "run.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
@@ -173,7 +191,7 @@ def read(folder: Path) -> dict[str, Any]:
     return found
 
 
-def plot(rows: dict[str, Any], path: Path) -> None:
+def plot(rows: dict[str, Any], path: Path, total: int) -> None:
     """Mean reward of the rollouts against samples drawn, one line per row, each seed beside it."""
     from matplotlib.figure import Figure
 
@@ -181,7 +199,8 @@ def plot(rows: dict[str, Any], path: Path) -> None:
     axes = figure.subplots()
     for number, (name, row) in enumerate(rows.items()):
         curves = [run["rollouts"] for run in row["runs"].values()]
-        samples = [2 * SAMPLES * (i + 1) for i in range(len(curves[0]))]
+        count = len(curves[0])
+        samples = [total * (i + 1) / count for i in range(count)]
         for curve in curves:
             axes.plot(samples, curve, color=f"C{number}", alpha=0.25)
         mean = [statistics.mean(values) for values in zip(*curves, strict=True)]
@@ -209,6 +228,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 100_000, 200_000])
     parser.add_argument("--rollouts", type=int, default=24)
     parser.add_argument("--prompts", type=int, default=250, help="benchmark captions of each kind")
+    parser.add_argument("--diffusion", default="runs/scenes-diffusion/model", help="the pipeline")
     parser.add_argument("--output_dir", default="runs/alignment_table")
     parser.add_argument("--output", help="otherwise benchmarks/results/alignment_SUITE.json")
     parser.add_argument("--plot", help="otherwise docs/images/alignment_SUITE.png")
@@ -227,6 +247,8 @@ def main() -> None:
         write_exemplars(Path(options.output_dir, "exemplars"))
     captions = list(dict.fromkeys(training_captions("hard", 2 * KNOWN)))[:KNOWN]
     Path(options.output_dir, "known.txt").write_text("\n".join(captions))
+    scenes = options.rollouts * SAMPLES
+    total = DIFFUSION_SAMPLES if options.suite == "diffusion" else scenes
     table: dict[str, Any] = json.loads(output.read_text())["rows"] if output.is_file() else {}
     for seed in options.seeds:
         for name in names:
@@ -242,14 +264,17 @@ def main() -> None:
             result = {
                 "command": f"python benchmarks/alignment_table.py --suite {options.suite} "
                 f"--rollouts {options.rollouts} --prompts {options.prompts}",
-                "samples_drawn": options.rollouts * SAMPLES,
+                "samples_drawn": total,
                 "hardware": _cpu_name(),
                 "threads": torch.get_num_threads(),
                 "versions": {"torch": version("torch")},
                 "rows": table,
             }
             output.write_text(json.dumps(result, indent=1) + "\n")
-    plot(table, Path(options.plot or f"docs/images/alignment_{options.suite}.png"))
+    if options.suite == "find":  # the longest of each kind
+        table = {k: v for k, v in table.items() if k.endswith(f" {ROLLOUTS[-1]} rollouts")}
+        total = ROLLOUTS[-1] * SAMPLES
+    plot(table, Path(options.plot or f"docs/images/alignment_{options.suite}.png"), total)
 
 
 if __name__ == "__main__":
