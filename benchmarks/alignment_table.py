@@ -11,9 +11,9 @@ of a JPEG.
 Each row is a shipped recipe, cut to --rollouts rollouts of 192 pictures at a constant learning
 rate; each run is a process of its own, for its peak memory. Measured on benchmark captions before
 and after with equal seeds, by the model's own settings but for the choice among eight candidates,
-which hides differences and takes eight times as long. Runs that are in --output_dir are read, not
-run: an interrupted series goes on, and `--rows` and `--seeds` choose. Writes
-benchmarks/results/alignment_SUITE.json and the rollouts' rewards against samples drawn as
+which hides differences and takes eight times as long. Runs that are in the results are not run
+again, nor are those in --output_dir: an interrupted series goes on. `--rows` and `--seeds` choose.
+Writes benchmarks/results/alignment_SUITE.json, and the rollouts' rewards against samples drawn as
 docs/images/alignment_SUITE.png.
 """
 
@@ -254,11 +254,13 @@ def main() -> None:
         for name in names:
             folder = folder_of(name, seed, options)
             flags = flags_of(suite[name], seed, options)
+            row = table.setdefault(name, {"runs": {}})
+            command = f"nextscale align {' '.join(flags)}"
+            if row["runs"].get(str(seed), {}).get("command") == command:
+                continue
             if not (folder / "peak_memory_kb").is_file():
                 run(folder, flags, earlier_of(name, seed, options))
-            row = table.setdefault(name, {})
-            row["command"] = f"nextscale align {' '.join(flags)}"
-            row.setdefault("runs", {})[str(seed)] = read(folder)
+            row["runs"][str(seed)] = {"command": command, **read(folder)}
             row["summary"] = summary(list(row["runs"].values()))
             print(name, seed, json.dumps(row["runs"][str(seed)]), flush=True)
             result = {
