@@ -10,9 +10,9 @@ of a JPEG.
 
 Each row is a shipped recipe, cut to --rollouts rollouts of 192 pictures at a constant learning
 rate; each run is a process of its own, for its peak memory. Measured on benchmark captions before
-and after with equal seeds, by the model's own settings but for the choice among eight candidates,
-which hides differences and takes eight times as long. Runs that are in the results are not run
-again, nor are those in --output_dir: an interrupted series goes on. `--rows` and `--seeds` choose.
+and after with equal seeds, drawn as rollouts are: at temperature 1 and without a choice among eight
+candidates. Runs that are in the results are not run again, nor are those in --output_dir: an
+interrupted series goes on. `--rows` and `--seeds` choose.
 Writes benchmarks/results/alignment_SUITE.json, and the rollouts' rewards against samples drawn as
 docs/images/alignment_SUITE.png.
 """
@@ -241,7 +241,7 @@ def main() -> None:
     Path(options.output_dir).mkdir(parents=True, exist_ok=True)
     if not Path(options.output_dir, "model").is_dir():
         pipe = NextScalePipeline.from_pretrained("scenes", dtype="float32")
-        pipe.generation = replace(pipe.generation, num_candidates=1)
+        pipe.generation = replace(pipe.generation, num_candidates=1, temperature=1.0)
         pipe.save_pretrained(Path(options.output_dir, "model"))
     if options.suite == "sets" and not Path(options.output_dir, "exemplars").is_dir():
         write_exemplars(Path(options.output_dir, "exemplars"))
