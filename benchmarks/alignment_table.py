@@ -12,8 +12,8 @@ Each row is a shipped recipe, cut to --rollouts rollouts of 192 pictures at a co
 rate; each run is a process of its own, for its peak memory. Measured on benchmark captions before
 and after with equal seeds, drawn as rollouts are: at temperature 1 and without a choice among eight
 candidates. Runs that are in the results are not run again, nor are those in --output_dir: an
-interrupted series goes on. `--rows` and `--seeds` choose.
-Writes benchmarks/results/alignment_SUITE.json, and the rollouts' rewards against samples drawn as
+interrupted series goes on. `--rows` and `--seeds` choose. Writes
+benchmarks/results/alignment_SUITE.json, and the rollouts' rewards against samples drawn as
 docs/images/alignment_SUITE.png.
 """
 
