@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nextscale.errors import UserError
-from nextscale.pipeline import NextScalePipeline, _candidate_seed, image_seeds
+from nextscale.pipeline import NextScalePipeline, candidate_seeds, image_seeds
 from nextscale.tokenizers import MultiscaleVQ
 from nextscale.var import NextScaleTransformer, SamplingConfig, WordConditioner
 
@@ -58,7 +58,7 @@ def test_the_likeliest_candidate_is_kept(pipe: NextScalePipeline) -> None:
     model, tokenizer = pipe.transformer, pipe.tokenizer
     best = pipe(class_labels=[0, 1, 2], seed=1, num_candidates=4, return_scales=True)
     for i, label in enumerate([0, 1, 2]):
-        seeds = [_candidate_seed(1 + i, j) for j in range(4)]
+        seeds = candidate_seeds([1 + i], 4)
         assert seeds[0] == 1 + i  # candidate 0 is the picture without candidates
         tokens = pipe(class_labels=[label] * 4, seed=seeds).tokens
         with torch.no_grad():  # teacher-forced, as an oracle of the cached pass
