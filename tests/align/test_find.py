@@ -479,7 +479,7 @@ def test_the_noise_of_a_pipeline_is_learnt(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"find": FINDConfig(space="noise")}, "use embedding or prefix_table"),
+        ({"find": FINDConfig(space="noise")}, "use embedding, prefix_table or sharpness"),
         ({"find": FINDConfig(prefix_scales=9)}, "find.prefix_scales is 9"),
         ({"lora_rank": 2}, "leave lora_rank out"),
         (
