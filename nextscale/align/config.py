@@ -97,8 +97,9 @@ class AlignConfig(TrainingConfig):
     logp_space: str = "guided"
     """Which distribution is the policy: guided, conditional or behaviour."""
     train_scales: int | None = None
-    """Next-scale models: train only the first so many scales, which an update then is as cheap as;
-    the later ones are drawn by the model as it stands. None: all."""
+    """Next-scale models: train only the first so many scales; the later ones are drawn by the model
+    as it stands. An update then costs what those cost, but for score=pair of DPO, DRAGON and RAFT,
+    which judges all. None: all."""
     diffusion: DiffusionSettings = field(default_factory=DiffusionSettings)
     """How a diffusers pipeline draws rollouts."""
 

@@ -224,6 +224,23 @@ def test_the_loss_prefers_the_positive_set(policy: NextScalePolicy, loss_type: A
     assert margins == sorted(margins)
 
 
+@pytest.mark.parametrize(
+    ("loss_type", "changes"),
+    [
+        ("dpo", {"margin": 1.0}),
+        ("dpo", {"pairs_per_group": 2}),
+        ("kto", {"loss_type": "hinge"}),
+        ("kto", {"rpo_alpha": 1.0}),
+    ],
+)
+def test_settings_of_pairs_that_nothing_reads_are_refused(
+    loss_type: Any, changes: dict[str, Any]
+) -> None:
+    (name,) = changes
+    with pytest.raises(UserError, match=rf"dragon\.pair\.{name} is .* nothing reads it"):
+        DRAGONConfig(loss_type=loss_type, pair=DPOConfig(**changes))
+
+
 def test_an_odd_group_is_refused(policy: NextScalePolicy) -> None:
     with pytest.raises(UserError, match="num_generations is 5: DRAGON pairs"):
         DRAGON(DRAGONConfig(), policy).items_per_group(5)

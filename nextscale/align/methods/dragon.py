@@ -50,13 +50,12 @@ class DRAGONConfig:
         require("dragon.loss_type", self.loss_type, known, "be dpo or kto")
         known = self.credit in ("swap", "leave_one_out")
         require("dragon.credit", self.credit, known, "be swap or leave_one_out")
-        unused = {"margin": 0.0, "pairs_per_group": 1}
+        unused = ["margin", "pairs_per_group"]
         if self.loss_type == "kto":
-            unused |= {"loss_type": "sigmoid", "label_smoothing": 0.0, "rpo_alpha": 0.0}
-        for name, value in unused.items():
-            given = getattr(self.pair, name)
-            method = "kto" if name in ("loss_type", "label_smoothing", "rpo_alpha") else "DRAGON"
-            what = f"be {value}: {method} has no use for another"
+            unused += ["loss_type", "label_smoothing", "rpo_alpha"]
+        for name in unused:
+            given, value = getattr(self.pair, name), getattr(DPOConfig, name)
+            what = f"be {value}: with loss_type {self.loss_type} nothing reads it"
             require(f"dragon.pair.{name}", given, given == value, what)
         for name in ("desirable_weight", "undesirable_weight"):
             require(f"dragon.{name}", getattr(self, name), getattr(self, name) >= 0, "be 0 or more")
