@@ -101,7 +101,7 @@ def flags_of(row: str, seed: int, options: argparse.Namespace) -> list[str]:
         "num_validation_prompts": 0,
         "checkpointing_steps": None,
         "num_eval_prompts": options.prompts,
-        "num_eval_images": 2,
+        "num_eval_images": 4,
         "seed": seed,
         "model": options.diffusion,
     }

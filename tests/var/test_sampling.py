@@ -80,6 +80,7 @@ def test_steps_carry_tokens_logits_and_the_map_so_far(
     for step, length, f_hat in zip(steps, LENGTHS, maps, strict=True):
         assert step.logits.shape == (4, length, 32)
         assert step.logits.dtype == torch.float32
+        assert not step.logits.requires_grad
         assert torch.equal(step.predicted, step.tokens)
         assert torch.equal(step.f_hat, f_hat)
 
