@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -17,7 +16,7 @@ from torch import Tensor
 from nextscale import storage
 from nextscale.data.images import to_uint8
 from nextscale.errors import UserError
-from nextscale.streams import SEED_LIMIT, random_seed, stream
+from nextscale.streams import candidate_seeds, image_seeds
 from nextscale.tokenizers import MultiscaleVQ
 from nextscale.var import NextScaleTransformer, SamplingConfig, ScaleStep, sample
 from nextscale.var.editing import box_mask, keep_tokens
@@ -26,6 +25,9 @@ from nextscale.var.sampling import Forcing
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from nextscale.control import Control, ControlModule
+    from nextscale.control.attach import Attached
 
 OutputType = Literal["pil", "pt", "np"]
 
@@ -74,6 +76,7 @@ class NextScalePipeline:
         self.transformer = transformer.eval()
         self.generation = generation or SamplingConfig()
         self._lora: Any = None
+        self._controls: dict[str, ControlModule | Path] = {}  # a folder until it is used
 
     def __repr__(self) -> str:
         millions = sum(p.numel() for p in self.transformer.parameters()) / 1e6
@@ -117,6 +120,7 @@ class NextScalePipeline:
             NextScaleTransformer.from_pretrained(folder),
             read_generation(folder),
         )
+        pipe._controls |= {f.name: f for f in sorted(folder.glob("controls/*")) if f.is_dir()}
         return pipe._place(device, dtype)
 
     @classmethod
@@ -158,7 +162,8 @@ class NextScalePipeline:
         """
         if self._lora is not None:
             raise UserError("a LoRA is loaded; call fuse_lora() or unload_lora() before saving")
-        save_model(folder, self.tokenizer, self.transformer, self.generation, dtype=dtype)
+        controls = {name: self.control(name) for name in self._controls}  # before it is replaced
+        save_model(folder, self.tokenizer, self.transformer, self.generation, controls, dtype=dtype)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
         """Upload to the Hugging Face hub; returns the address of the commit."""
@@ -206,6 +211,9 @@ class NextScalePipeline:
         resolved = self.dtype if dtype is None else resolve_dtype(dtype, target)
         self.transformer.to(target, resolved)
         self.tokenizer.to(target).to_dtype(resolved)
+        for module in self._controls.values():
+            if not isinstance(module, Path):
+                module.to(target, resolved)
         return self
 
     def _place(
@@ -245,6 +253,65 @@ class NextScalePipeline:
         self._lora.merge_and_unload()
         self._lora = None
 
+    @property
+    def controls(self) -> list[str]:
+        """Names of the control modules that `control_type` may say."""
+        return list(self._controls)
+
+    def load_control(self, path: str | Path, name: str | None = None) -> str:
+        """Add a control module (trained by `nextscale train control`).
+
+        Args:
+            path: Its folder, a run of `train control`, or a hub id.
+            name: What `control_type` calls it; None: the type that it was trained for.
+
+        Returns:
+            The name.
+
+        Raises:
+            UserError: If there is none, or it was trained on another base (by fingerprint).
+        """
+        from nextscale.control import read_control
+
+        folder = storage.resolve_model(path)
+        inside = folder / "model"  # of a training run
+        module = read_control(inside if (inside / "config.json").is_file() else folder)
+        name = name or module.record.type
+        self._controls[name] = self._fitting(module)
+        return name
+
+    def unload_control(self, name: str) -> None:
+        """Take a control module away."""
+        self.control(name)
+        del self._controls[name]
+
+    def control(self, name: str) -> ControlModule:
+        """A control module by name.
+
+        Raises:
+            UserError: If there is none of this name.
+        """
+        found = self._controls.get(name)
+        if found is None:
+            have = ", ".join(self._controls) or "none"
+            raise UserError(
+                f'there is no control "{name}" (loaded: {have}); use one of these, or '
+                "load_control(path) first"
+            )
+        if isinstance(found, Path):
+            from nextscale.control import read_control
+
+            self._controls[name] = found = self._fitting(read_control(found))
+        return found
+
+    def _fitting(self, module: ControlModule) -> ControlModule:
+        """A module of this base, on its device."""
+        from nextscale.control.module import check_base
+        from nextscale.var.lora import base_fingerprint
+
+        check_base(module, self.transformer, base_fingerprint(self.transformer))
+        return module.to(self.device, self.dtype).requires_grad_(False)
+
     # ---- generation --------------------------------------------------------------------------
 
     def __call__(
@@ -263,6 +330,12 @@ class NextScalePipeline:
         more_smooth: bool | None = None,
         num_candidates: int | None = None,
         start: Tensor | None = None,
+        control_image: Any = None,
+        control_type: str | list[str] | None = None,
+        control_scale: Any = None,
+        controls: Sequence[Control] | None = None,
+        control_guidance_scale: float | tuple[float, ...] | None = None,
+        control_in_negative: bool | None = None,
         seed: int | Sequence[int] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         batch_size: int | None = None,
@@ -292,6 +365,14 @@ class NextScalePipeline:
             start: One row per image, or per candidate of each: floats [n, d] are added to the start
                 token; integers [n, p] are the tokens of the first scales, and decoding begins
                 after them.
+            control_image: A control map (PIL, uint8 [H, W, 3], float [3, H, W] in [0, 1]), or a
+                list of one per prompt or image; with a list of types, a list of such.
+            control_type: Name of the control module (see `controls` of the pipeline): canny, ...
+            control_scale: Strength: one number or one per scale; 1 as trained, 0 is off.
+            controls: Instead of the three: `nextscale.control.Control`, for ranges of scales,
+                strength by block or place, and guess mode (which needs no prompt).
+            control_guidance_scale: Guidance of control apart from that of the prompt.
+            control_in_negative: Control on both sides of guidance.
             seed: Image i draws from `seed + i`, or from its own of a list; None: random, see
                 `seeds` of the output.
             generator: Instead of `seed`: one that draws the base seed, or a list, one per image,
@@ -310,7 +391,11 @@ class NextScalePipeline:
         """
         if unknown:
             raise TypeError(_explain_unknown(unknown))
-        conditions = self._conditions(prompt, class_labels)
+        if controls is None and (control_image is not None or control_type is not None):
+            from nextscale.control.maps import as_controls
+
+            controls = as_controls(control_image, control_type, control_scale)
+        ids = self._ids(prompt, class_labels, controls)
         if num_images_per_prompt < 1:
             raise UserError(f"num_images_per_prompt must be 1 or more, got {num_images_per_prompt}")
         if batch_size is not None and batch_size < 1:
@@ -326,12 +411,14 @@ class NextScalePipeline:
             temperature=temperature,
             more_smooth=more_smooth,
             num_candidates=num_candidates,
+            control_guidance_scale=control_guidance_scale,
+            control_in_negative=control_in_negative,
         )
-        count = len(conditions) * num_images_per_prompt
+        prompts, count = len(ids), len(ids) * num_images_per_prompt
         seeds = image_seeds(seed, generator, count)
-        ids = self.transformer.conditioner.tokenize(conditions)
+        attached = self._attach(controls, prompts, num_images_per_prompt)
         ids = ids.repeat_interleave(num_images_per_prompt, 0)
-        negative_ids = self._negative(negative_prompt, len(conditions), num_images_per_prompt)
+        negative_ids = self._negative(negative_prompt, prompts, num_images_per_prompt)
         each = 1 if start is None or len(start) == count else settings.num_candidates
         if start is not None and len(start) != count * each:
             what = f"{count} images" + (f" of {each} candidates" if each > 1 else "")
@@ -347,6 +434,7 @@ class NextScalePipeline:
                 seeds[rows],
                 negative_ids=None if negative_ids is None else negative_ids[rows],
                 start=None if start is None else start[rows.start * each : rows.stop * each],
+                controls=[control[rows] for control in attached],
                 every_scale=return_scales,
                 callback=None if callback is None else partial(callback, first),
             )
@@ -382,6 +470,7 @@ class NextScalePipeline:
         negative_ids: Tensor | None = None,
         forcing: Forcing | None = None,
         start: Tensor | None = None,
+        controls: Sequence[Attached] = (),
     ) -> Iterator[ScaleStep]:
         """The steps of one batch, for those who want every scale (see `nextscale.var.sample`).
 
@@ -392,11 +481,17 @@ class NextScalePipeline:
             negative_ids: Rows of the guidance's other side; None: the null condition.
             forcing: Tokens that replace drawn ones.
             start: As in the call; the steps begin after the tokens that it gives.
+            controls: From `nextscale.control.attach`, for the same images.
         """
         model = self.transformer
         negative = None if negative_ids is None else model.condition(negative_ids)
         name = "offset" if start is not None and start.is_floating_point() else "prefix"
         given: dict[str, Any] = {name: None if start is None else start.to(self.device)}
+        if controls:
+            from nextscale.control import ControlHooks
+
+            both = settings.control_in_negative
+            given["hooks"] = ControlHooks(model, controls, cached=True, every_row=both)
         return sample(
             model,
             self.tokenizer,
@@ -463,6 +558,7 @@ class NextScalePipeline:
         negative_ids: Tensor | None = None,
         forcing: Forcing | None = None,
         start: Tensor | None = None,
+        controls: Sequence[Attached] = (),
         every_scale: bool = False,
         callback: Callable[[ScaleStep], object] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
@@ -471,6 +567,7 @@ class NextScalePipeline:
         shared = start is not None and len(start) == len(ids)
         if start is not None and shared:
             start = start.repeat_interleave(each, 0)
+        rows = torch.arange(len(ids), device=self.device).repeat_interleave(each)
         ids = ids.repeat_interleave(each, 0)
         steps = self.stream(
             ids,
@@ -479,6 +576,7 @@ class NextScalePipeline:
             negative_ids=None if negative_ids is None else negative_ids.repeat_interleave(each, 0),
             forcing=None if forcing is None else forcing.repeat_interleave(each),
             start=start,
+            controls=[control[rows] for control in controls],
         )
         parts, latents, scores = [], [], []
         if start is not None and not start.is_floating_point():
@@ -518,6 +616,27 @@ class NextScalePipeline:
         if unknown := set(given) - known:
             raise TypeError(_explain_unknown(dict.fromkeys(unknown)))
         return replace(self.generation, **{k: v for k, v in given.items() if v is not None})
+
+    def _ids(self, prompt: Any, class_labels: Any, controls: Sequence[Control] | None) -> Tensor:
+        """One row of ids per prompt or label; the null condition for guess mode without them."""
+        conditioner = self.transformer.conditioner
+        guess = controls is not None and all(control.guess_mode for control in controls)
+        if controls and guess and prompt is None and class_labels is None:
+            image = controls[0].image
+            single = not isinstance(image, list | tuple) and getattr(image, "ndim", 3) < 4
+            return conditioner.null(1 if single else len(image))
+        return conditioner.tokenize(self._conditions(prompt, class_labels))
+
+    def _attach(
+        self, controls: Sequence[Control] | None, prompts: int, images_per_prompt: int
+    ) -> list[Attached]:
+        """The controls of a call, their maps encoded."""
+        if not controls:
+            return []
+        from nextscale.control.maps import attach_all
+
+        modules = {control.type: self.control(control.type) for control in controls}
+        return attach_all(controls, modules, prompts, images_per_prompt)
 
     def _conditions(self, prompt: Any, class_labels: Any) -> list[Any]:
         """The list of prompts or labels, after checking that it is what the model takes."""
@@ -566,50 +685,6 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     return names[dtype]
 
 
-def image_seeds(
-    seed: int | Sequence[int] | None,
-    generator: torch.Generator | list[torch.Generator] | None,
-    count: int,
-) -> list[int]:
-    """One seed per image (design: image i draws from seed + i).
-
-    Raises:
-        UserError: If both are given, a list has the wrong length, or a seed is out of range.
-    """
-    if seed is not None and generator is not None:
-        raise UserError("pass seed or generator, not both")
-    if isinstance(generator, list):
-        if len(generator) != count:
-            raise UserError(f"{len(generator)} generators for {count} images; pass one per image")
-        return [_draw_seed(g) for g in generator]
-    if generator is not None:
-        seed = _draw_seed(generator) // 2
-    if seed is None:
-        seed = random_seed()
-    if isinstance(seed, Sequence | np.ndarray):
-        if len(seed) != count:
-            raise UserError(f"{len(seed)} seeds for {count} images; pass one per image")
-        return [operator.index(s) for s in seed]
-    seed = operator.index(seed)
-    if not 0 <= seed <= SEED_LIMIT - count:
-        raise UserError(
-            f"seed {seed} is out of range: image i uses seed + i, which must lie in [0, 2^32)"
-        )
-    return list(range(seed, seed + count))
-
-
-def candidate_seeds(seeds: Sequence[int], count: int) -> list[int]:
-    """Seeds of `count` candidates of each picture, one after the other.
-
-    Candidate 0 is the picture of the seed; the others have streams of (seed, candidate).
-    """
-    return [_draw_seed(stream(seed, j)) if j else seed for seed in seeds for j in range(count)]
-
-
-def _draw_seed(generator: torch.Generator) -> int:
-    return int(torch.randint(SEED_LIMIT, (), generator=generator, device=generator.device))
-
-
 def _convert(images: Tensor, output_type: OutputType) -> Any:
     """Float [B, 3, H, W] in [0, 1] -> what the caller asked for; 8 bits are rounded."""
     if output_type == "pt":
@@ -648,8 +723,6 @@ def _explain_unknown(unknown: dict[str, Any]) -> str:
 __all__ = [
     "NextScalePipeline",
     "PipelineOutput",
-    "candidate_seeds",
-    "image_seeds",
     "resolve_dtype",
     "to_pil",
 ]

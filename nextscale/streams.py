@@ -8,6 +8,7 @@ size, nor the number of processes, nor a resume changes a draw.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from functools import lru_cache
 from hashlib import blake2b
 from operator import index
@@ -81,6 +82,52 @@ def random_seed() -> int:
         stays free, so that seed + i is valid for two thousand million images.
     """
     return secrets.randbelow(2**31)
+
+
+def image_seeds(
+    seed: int | Sequence[int] | None,
+    generator: torch.Generator | list[torch.Generator] | None,
+    count: int,
+) -> list[int]:
+    """One seed per image (design: image i draws from seed + i).
+
+    Raises:
+        UserError: If both are given, a list has the wrong length, or a seed is out of range.
+    """
+    if seed is not None and generator is not None:
+        raise UserError("pass seed or generator, not both")
+    if isinstance(generator, list):
+        if len(generator) != count:
+            raise UserError(f"{len(generator)} generators for {count} images; pass one per image")
+        return [_draw_seed(g) for g in generator]
+    if generator is not None:
+        seed = _draw_seed(generator) // 2
+    if seed is None:
+        seed = random_seed()
+    if isinstance(seed, Sequence | np.ndarray):
+        if len(seed) != count:
+            raise UserError(f"{len(seed)} seeds for {count} images; pass one per image")
+        return [index(s) for s in seed]
+    seed = index(seed)
+    if not 0 <= seed <= SEED_LIMIT - count:
+        raise UserError(
+            f"seed {seed} is out of range: image i uses seed + i, which must lie in [0, 2^32)"
+        )
+    return list(range(seed, seed + count))
+
+
+def candidate_seeds(seeds: Sequence[int], count: int) -> list[int]:
+    """Seeds of `count` candidates of each picture, one after the other.
+
+    Candidate 0 is the picture of the seed; the others have streams of (seed, candidate).
+    """
+    return [_draw_seed(stream(seed, j)) if j else seed for seed in seeds for j in range(count)]
+
+
+def _draw_seed(generator: torch.Generator) -> int:
+    import torch
+
+    return int(torch.randint(SEED_LIMIT, (), generator=generator, device=generator.device))
 
 
 def batch_indices(seed: int, step: int, batch_size: int, size: int) -> Int64[np.ndarray, " b"]:

@@ -21,9 +21,8 @@ def _is_generator(function: Callable[..., Any]) -> bool:
 
 # jaxtyping wraps a generator in a plain function, whose steps `torch.no_grad()` would let record
 # gradients: the graphs of what the suite samples grew to 15 GB.
-vars(torch.utils._contextlib)["inspect"] = SimpleNamespace(
-    **{**vars(inspect), "isgeneratorfunction": _is_generator}
-)
+_UNWRAPPING: Any = SimpleNamespace(**{**vars(inspect), "isgeneratorfunction": _is_generator})
+torch.utils._contextlib.inspect = _UNWRAPPING  # pyright: ignore[reportPrivateImportUsage]
 
 
 def check_shapes(function: Callable[..., Any]) -> Callable[..., Any]:

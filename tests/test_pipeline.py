@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from nextscale.errors import UserError
-from nextscale.pipeline import NextScalePipeline, candidate_seeds, image_seeds
+from nextscale.pipeline import NextScalePipeline
+from nextscale.streams import candidate_seeds, image_seeds
 from nextscale.tokenizers import MultiscaleVQ
 from nextscale.var import NextScaleTransformer, SamplingConfig, WordConditioner
 

@@ -19,8 +19,8 @@ from nextscale.align.policies.start import StartPolicy, prompt_features
 from nextscale.align.prompts import open_prompts
 from nextscale.align.starts import TOKENS, StartDistribution, StartShape, read_starts, save_starts
 from nextscale.errors import UserError, require
-from nextscale.pipeline import NextScalePipeline, candidate_seeds
-from nextscale.streams import image_stream, stream
+from nextscale.pipeline import NextScalePipeline
+from nextscale.streams import candidate_seeds, image_stream, stream
 from nextscale.training import bare
 from nextscale.var import SamplingConfig
 from nextscale.var.lora import base_fingerprint

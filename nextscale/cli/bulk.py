@@ -8,12 +8,14 @@ out of the same batch, bit for bit.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nextscale import __version__, processes, storage
 from nextscale.cli.console import Interrupted, Output
+from nextscale.cli.control_flags import read_controls
 from nextscale.cli.job import (
     RECIPE,
     Job,
@@ -26,13 +28,16 @@ from nextscale.cli.job import (
 from nextscale.cli.loading import load_pipeline
 from nextscale.cli.ranks import on_main, process_group
 from nextscale.cli.recipes import to_yaml
+from nextscale.errors import UserError
 
 if TYPE_CHECKING:
     from nextscale.align.start_model import Start
     from nextscale.cli.generate import GenerateConfig
+    from nextscale.control import Control
     from nextscale.pipeline import NextScalePipeline
 
 MAX_GRID = 64
+CONTROL = ("control_type", "control_image", "control_scale", "control_start", "control_end")
 
 
 def generate(config: GenerateConfig, output: Output) -> dict[str, Any]:
@@ -46,8 +51,10 @@ def generate(config: GenerateConfig, output: Output) -> dict[str, Any]:
             if todo:
                 pipe = _load(job)
                 start = _open_start(job, pipe)
+                controls = read_controls(config, pipe)
+                _check_controls(job, controls, pipe)
                 on_main(partial(_start, job, pipe))
-                _draw(job, pipe, start, output, set(todo))
+                _draw(job, pipe, start, controls, output, set(todo))
             processes.barrier()
             extras = on_main(partial(_finish, job, output))
         except KeyboardInterrupt as error:
@@ -85,6 +92,7 @@ def _start(job: Job, pipe: NextScalePipeline) -> None:
     settings = pipe.settings(**{k: v for k, v in job.settings.items() if v is not None})
     settings.guidance(len(pipe.scales))  # refuses a list of another length
     settings.temperatures(len(pipe.scales))
+    settings.control_guidance(len(pipe.scales))
     folder = Path(job.config.output_dir)
     with storage.os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -97,8 +105,23 @@ def _start(job: Job, pipe: NextScalePipeline) -> None:
     storage.write_bytes(folder / RECIPE, text.encode())
 
 
+def _check_controls(job: Job, controls: Sequence[Control], pipe: NextScalePipeline) -> None:
+    """Refuse maps, strengths and ranges before anything is written."""
+    if not controls and job.settings["control_guidance_scale"] is not None:
+        raise UserError("control_guidance_scale needs a control; pass one, or leave it out")
+    if controls:
+        from nextscale.control.maps import attach_all
+
+        attach_all(controls, {c.type: pipe.control(c.type) for c in controls}, 1, 1)
+
+
 def _draw(
-    job: Job, pipe: NextScalePipeline, start: Start | None, output: Output, todo: set[int]
+    job: Job,
+    pipe: NextScalePipeline,
+    start: Start | None,
+    controls: Sequence[Control],
+    output: Output,
+    todo: set[int],
 ) -> None:
     """Draw the missing pictures of this process's batches."""
     from tqdm import tqdm
@@ -126,6 +149,7 @@ def _draw(
                 **settings,
                 negative_prompt=job.config.negative_prompt,
                 start=given,
+                controls=controls,
                 seed=seeds,
                 return_scales=job.config.save_scales,
                 callback=tick,
@@ -162,6 +186,7 @@ def _facts(job: Job) -> dict[str, Any]:
     return {
         **{"model": config.model, "weights": job.weights, **lora},
         **({} if config.start is None else {"start": config.start}),
+        **({k: getattr(config, k) for k in CONTROL} if config.control_type else {}),
         **{k: v for k, v in job.settings.items() if v is not None},
         **({} if config.negative_prompt is None else {"negative_prompt": config.negative_prompt}),
         **{"dtype": config.dtype, "batch_size": config.batch_size},

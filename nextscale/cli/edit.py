@@ -80,7 +80,7 @@ def _edit(command: str, config: EditConfig, output: Output) -> None:
     from tqdm import tqdm
 
     from nextscale.data.images import decode, save_png, to_uint8
-    from nextscale.pipeline import image_seeds
+    from nextscale.streams import image_seeds
     from nextscale.training.grid import save_grid
 
     originals = [decode(name) for name in config.image]

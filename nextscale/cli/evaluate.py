@@ -61,8 +61,13 @@ class EvalConfig(SamplingFlags, NetworkFlags):
     """Inception: fid sfid isc kid prc vendi rfid. Own features: fd_X kid_X prc_X vendi_X for X in
     scenes, clip, dinov2; cmmd. By prompt: clip, checker, checker_statements (scenes). Pair by pair:
     psnr ssim ms_ssim lpips."""
-    preset: Literal["scenes", "tokenizer", "var-imagenet256"] | None = None
-    """A whole benchmark (recipes eval-...); flags after it win."""
+    preset: Literal["scenes", "tokenizer", "control", "var-imagenet256"] | None = None
+    """A whole benchmark (recipes eval-...); flags after it win. control: how well the model's
+    controls hold, between no control and the real picture."""
+    control: tuple[str, ...] = ()
+    """With --preset control: folders of control modules besides the model's own."""
+    control_type: tuple[str, ...] = ()
+    """With --preset control: these controls alone."""
     k: int = 3
     """Neighbours of precision and recall."""
     se: Literal["jackknife", "none"] = "jackknife"
@@ -98,6 +103,8 @@ def run(command: str, arguments: list[str]) -> int:
     )
     if output.print_config:
         print(to_yaml(command, asdict(config)), end="")
+    elif config.preset == "control":
+        _evaluate_control(config, output, arguments)
     else:
         _evaluate(config, output, arguments)
     return 0
@@ -194,6 +201,53 @@ def _evaluate(config: EvalConfig, output: Output, arguments: list[str]) -> None:
         table(("metric", "value", "± se", "n", "n_ref", "better"), rows)
         for path in drawn:
             output.say(f"plot: {path}")
+
+
+def _evaluate_control(config: EvalConfig, output: Output, arguments: list[str]) -> None:
+    """The controllability table of a model's control modules."""
+    from nextscale.cli.control_table import control_record, print_record
+    from nextscale.cli.loading import load_pipeline
+    from nextscale.cli.model_flags import ModelFlags
+    from nextscale.data.sources import open_source
+
+    if config.model is None:
+        raise UserError("--preset control draws pictures: pass --model, not --samples")
+    for path, check in ((config.output, check_file), (config.plot, _check_plots)):
+        if path is not None:
+            check(path)
+    pipe = load_pipeline(ModelFlags(model=config.model, device=config.device))
+    for path in config.control:
+        pipe.load_control(path)
+    for kind in config.control_type:
+        pipe.control(kind)
+    count = config.num_images or 500
+    source = open_source(
+        config.reference or "scenes",
+        resolution=pipe.tokenizer.resolution[0],
+        split="validation",
+        num_images=count + config.num_reference,
+        crop="center",
+    )
+    record = control_record(
+        pipe,
+        source,
+        count=count,
+        seed=config.seed,
+        kinds=config.control_type,
+        num_reference=config.num_reference,
+        picture=None if config.plot is None else Path(config.plot) / "controls.png",
+        progress=output.bar(),
+        **config.sampling(),
+    )
+    record["command"] = shlex.join(["nextscale", "eval", *map(_short, arguments)])
+    record["device"] = pick_device(config.device)
+    if config.output is not None:
+        storage.write_json(config.output, record)
+    print_record(record, output)
+
+
+def _check_plots(path: str) -> None:
+    check_folder(path, empty=False)
 
 
 def _check_preset(config: EvalConfig) -> None:

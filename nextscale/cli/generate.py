@@ -9,6 +9,7 @@ from typing import Literal
 
 import tyro
 
+from nextscale.cli.control_flags import ControlFlags
 from nextscale.cli.flags import parse
 from nextscale.cli.model_flags import ModelFlags, SamplingFlags
 from nextscale.cli.recipes import to_yaml
@@ -37,7 +38,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig(SamplingFlags, ModelFlags):
+class GenerateConfig(ControlFlags, SamplingFlags, ModelFlags):
     """Flags of `nextscale generate`."""
 
     prompts: tyro.conf.Positional[tuple[str, ...]] = ()
@@ -78,6 +79,7 @@ class GenerateConfig(SamplingFlags, ModelFlags):
     """Start file of `nextscale align --method find`, or its folder."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("num_images", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be 1 or more, got {getattr(self, name)}.")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from nextscale import __version__, storage
 from nextscale.cli.conditions import read_conditions
 from nextscale.cli.console import check_folder
+from nextscale.cli.control_flags import control_digest
 from nextscale.cli.loading import check_conditions, read_model
 from nextscale.cli.ranks import pick_device
 from nextscale.cli.recipes import read_recipe, to_yaml
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from nextscale.cli.generate import GenerateConfig
 
 RECIPE = "recipe.yaml"
-_PER_SCALE = ("guidance_scale", "temperature")  # one number or one per scale
+_PER_SCALE = ("guidance_scale", "control_guidance_scale", "temperature")  # or one number
 # Flags that do not change a picture; a resumed run may set them anew.
 _FREE = ("output_dir", "resume", "overwrite", "npz", "local_files_only", "device")
 
@@ -84,7 +85,8 @@ def resolve_job(config: GenerateConfig) -> Job:
             raise UserError("negative_prompt needs a model that takes prompts.")
         check_conditions(model, [config.negative_prompt])
 
-    from nextscale.pipeline import image_seeds, resolve_dtype
+    from nextscale.pipeline import resolve_dtype
+    from nextscale.streams import image_seeds
     from nextscale.var.sampling import SamplingConfig
 
     count = len(conditions) * config.num_images
@@ -103,7 +105,7 @@ def resolve_job(config: GenerateConfig) -> Job:
     resolved = {
         **{"prompts": (), "prompt": (), "prompt_file": None, "class_labels": (), **named},
         **{"seed": seed, "dtype": dtype.removeprefix("torch."), "preset": None},
-        **{k: _tuple(v) if k in _PER_SCALE else v for k, v in settings.items()},
+        **{k: _tuple(v) if k in _PER_SCALE and v is not None else v for k, v in settings.items()},
     }
     weights = model.weights()
     if config.lora is not None:
@@ -111,6 +113,8 @@ def resolve_job(config: GenerateConfig) -> Job:
     if config.start is not None:
         path = Path(config.start)
         weights += ":" + storage.file_sha256(path / "start.safetensors" if path.is_dir() else path)
+    if config.control_type or config.control:
+        weights += ":" + control_digest(config, model.folder)
     job = Job(replace(config, **resolved), conditions, settings, weights, model.takes_prompts)
     if config.resume and before:
         _check_same(job, before)

@@ -1,4 +1,4 @@
-"""`nextscale train {tokenizer,var,features,clip,diffusion}`."""
+"""`nextscale train {tokenizer,var,control,features,clip,diffusion}`."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ ABOUT = {
     "accelerate launch -m nextscale train tokenizer ...",
     "train var": "Train or fine-tune a next-scale transformer on class labels or captions. Runs "
     "under accelerate launch and torchrun: accelerate launch -m nextscale train var ...",
+    "train control": "Train a module that makes pictures follow a map (edges, depth, segmentation) "
+    "on a model that stays as it is.",
     "train features": "Train a small feature network for Fréchet distances on your own kind of "
     "pictures.",
     "train clip": "Train a small CLIP on pictures with captions.",
@@ -32,6 +34,7 @@ ABOUT = {
 EXAMPLE = {
     "train tokenizer": "nextscale train tokenizer --config digits-tokenizer --output_dir runs/tok",
     "train var": "nextscale train var --config digits-var --output_dir runs/var",
+    "train control": "nextscale train control --config scenes-canny --output_dir runs/canny",
     "train features": "nextscale train features --config scenes-features --output_dir runs/f",
     "train clip": "nextscale train clip --config scenes-clip --output_dir runs/clip",
     "train diffusion": "nextscale train diffusion --config scenes-diffusion --output_dir runs/sd",
@@ -46,6 +49,9 @@ def run(command: str, arguments: list[str]) -> int:
     if command == "train tokenizer":
         from nextscale.tokenizers.train import TokenizerTrainingConfig as settings
         from nextscale.tokenizers.train import train_tokenizer as train
+    elif command == "train control":
+        from nextscale.control.train import ControlTrainingConfig as settings
+        from nextscale.control.train import train_control as train
     elif command == "train features":
         from nextscale.eval.train_features import FeaturesTrainingConfig as settings
         from nextscale.eval.train_features import train_features as train

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -16,11 +18,20 @@ from nextscale.var.transformer import NextScaleTransformer
 FORMAT_VERSION = 1
 
 
+class Part(Protocol):
+    """What writes itself to a folder."""
+
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Write configuration and weights."""
+        ...
+
+
 def save_model(
     folder: str | Path,
     tokenizer: MultiscaleVQ,
     transformer: NextScaleTransformer,
     generation: SamplingConfig,
+    controls: Mapping[str, Part] | None = None,
     *,
     dtype: torch.dtype | None = None,
 ) -> None:
@@ -31,6 +42,7 @@ def save_model(
         tokenizer: Images <-> tokens.
         transformer: With its conditioner.
         generation: Default settings.
+        controls: Control modules by name.
         dtype: Cast the weights to this (the quantizer stays float32); None: as they are.
 
     Raises:
@@ -46,6 +58,8 @@ def save_model(
     with storage.replace_folder(folder) as target:
         tokenizer.save_pretrained(target / "tokenizer", dtype=dtype)
         transformer.save_pretrained(target, dtype=dtype)
+        for name, control in (controls or {}).items():
+            control.save_pretrained(target / "controls" / name, dtype=dtype)
         for name, kind, values in (
             (storage.MODEL_INDEX, "NextScalePipeline", parts),
             ("generation_config.json", "SamplingConfig", asdict(generation)),

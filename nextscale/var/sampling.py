@@ -32,6 +32,13 @@ class SamplingConfig:
     "cfg" is another number: cfg=1.5 is guidance_scale=2.5."""
     guidance_schedule: GuidanceSchedule = "linear"
     """linear ramps g from 1 at the first scale to guidance_scale at the last; constant does not."""
+    control_guidance_scale: float | tuple[float, ...] | None = None
+    """v in logits = u + g (c - u) + v (c' - c), with c' under control and c without, for three rows
+    per image; scheduled as guidance_scale is. None: c' takes c's place, so g strengthens prompt
+    and control together (ControlAR)."""
+    control_in_negative: bool = False
+    """The other side of guidance is under control too, so that g strengthens the prompt alone
+    (CAR); not with control_guidance_scale."""
     guidance_end: int | None = None
     """Guidance is off from this scale on and the unconditional rows are dropped; None: never."""
     top_k: int = 0
@@ -48,7 +55,7 @@ class SamplingConfig:
     is off, and the only value for FID."""
 
     def __post_init__(self) -> None:
-        for name in ("guidance_scale", "temperature"):
+        for name in ("guidance_scale", "control_guidance_scale", "temperature"):
             value = getattr(self, name)
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
@@ -73,15 +80,27 @@ class SamplingConfig:
                     f"temperature must be positive and finite, got {value}. Use top_k=1 for the "
                     "most likely tokens"
                 )
-        for value in _numbers(self.guidance_scale):
-            if not 0 <= value < float("inf"):
-                raise UserError(f"guidance_scale must be 0 or more, got {value}; 1.0 is off")
+        for name in ("guidance_scale", "control_guidance_scale"):
+            for value in _numbers(getattr(self, name) or 0.0):
+                if not 0 <= value < float("inf"):
+                    raise UserError(f"{name} must be 0 or more, got {value}; 1.0 is off")
+        if self.control_in_negative and self.control_guidance_scale is not None:
+            raise UserError("control_in_negative excludes control_guidance_scale; choose one")
 
     def guidance(self, num_scales: int) -> list[float]:
         """The factor g of every scale."""
-        value = self.guidance_scale
+        return self._scheduled("guidance_scale", num_scales)
+
+    def control_guidance(self, num_scales: int) -> list[float] | None:
+        """The factor v of every scale; None: control is not guided by itself."""
+        if self.control_guidance_scale is None:
+            return None
+        return self._scheduled("control_guidance_scale", num_scales)
+
+    def _scheduled(self, name: str, num_scales: int) -> list[float]:
+        value = getattr(self, name)
         if isinstance(value, tuple):
-            scales = list(_per_scale("guidance_scale", value, num_scales))
+            scales = list(_per_scale(name, value, num_scales))
         elif self.guidance_schedule == "linear":
             scales = [1 + (value - 1) * ratio(k, num_scales) for k in range(num_scales)]
         else:
@@ -191,15 +210,22 @@ def sample(
             raise UserError(f"pass draw, or one seed for each of the {batch * branches} images")
         draw = ImageDraws(seeds, schedule.lengths)
     guidance, temperatures = config.guidance(scales), config.temperatures(scales)
+    control_guidance = config.control_guidance(scales)
+    if control_guidance is not None and hooks is None:
+        raise UserError("control_guidance_scale needs a control; pass one, or leave it at None")
     # Unconditional rows are computed up to the last scale whose guidance needs them.
-    last_guided = max((k for k, g in enumerate(guidance) if g != 1), default=-1)
-    both = condition
+    factors = zip(guidance, control_guidance or guidance, strict=True)
+    last_guided = max((k for k, both in enumerate(factors) if both != (1, 1)), default=-1)
+    # Rows: under control, then (with control_guidance) of the same condition without, then the null
+    # condition. Hooks see where control is absent by the order of rows.
+    groups = [condition]
     if last_guided >= 0:
-        both = Condition.cat([condition, negative or model.null_condition(batch)])
-    prepared = model.prepare(both)
+        groups += [condition] * (control_guidance is not None)
+        groups += [negative or model.null_condition(batch)]
+    prepared = model.prepare(Condition.cat(groups))
     if offset is not None:
-        prepared = _moved(prepared, offset)
-    cache = model.new_cache(len(both.pooled))
+        prepared = _moved(prepared, offset.repeat(max(len(groups) - 1, 1), 1))
+    cache = model.new_cache(len(prepared.start))
     weight = quantizer.codebook.weight
     f_hat = weight.new_zeros(batch, weight.shape[1], *schedule.grid)
     inputs: Tensor | None = None
@@ -212,16 +238,20 @@ def sample(
         rows = torch.arange(len(prepared.start), device=model.device).repeat_interleave(branches)
         prepared = prepared[rows]  # conditional rows first, then unconditional ones, as before
         cache.select(rows)
+        if hooks is not None:
+            hooks.select(rows)
         f_hat = f_hat.repeat_interleave(branches, 0)
         inputs = None if inputs is None else inputs.repeat_interleave(branches, 0)
     for k in range(begin, scales):
         if k > last_guided and len(prepared.start) > batch:
             prepared = prepared[slice(0, batch)]
             cache.select(slice(0, batch))
+            if hooks is not None:
+                hooks.select(slice(0, batch))
         where = schedule.slices[k]
         rows = inputs
         if rows is not None and len(prepared.start) > batch:
-            rows = rows.repeat(2, 1, 1)
+            rows = rows.repeat(len(prepared.start) // batch, 1, 1)
         hidden = model.run(
             model.embed(rows, prepared, where),
             prepared,
@@ -230,13 +260,16 @@ def sample(
             visible=slice(schedule.slices[model.first_visible(k)].start, where.stop),
             hooks=hooks,
         )
-        if guidance[k] == 1:
+        v = guidance[k] if control_guidance is None else control_guidance[k]
+        if guidance[k] == v == 1:
             hidden = hidden[:batch]
             conditional = logits = model.logits(hidden, prepared[slice(0, batch)])
             unconditional = None
         else:
-            conditional, unconditional = model.logits(hidden, prepared).chunk(2)
-            logits = torch.lerp(unconditional, conditional, guidance[k])
+            conditional, *plain, unconditional = model.logits(hidden, prepared).split(batch)
+            logits = torch.lerp(unconditional, plain[0] if plain else conditional, guidance[k])
+            if plain:
+                logits = logits + v * (conditional - plain[0])
             hidden = hidden[:batch]
         kept = filter_logits(logits / temperatures[k], config.top_k, config.top_p)
         predicted = draw.tokens(k, kept)

@@ -38,12 +38,16 @@ FORMAT_VERSION = 1
 class BlockHooks(Protocol):
     """The two named points of a block where control modules act; absent when unused."""
 
-    def before_block(self, block: int, where: slice, x: Tensor) -> Tensor:
+    def before_block(self, block: int, where: slice, x: Tensor, prepared: Prepared) -> Tensor:
         """Replace the residual stream of the positions `where` before a block."""
         ...
 
-    def after_block(self, block: int, where: slice, x: Tensor) -> Tensor:
+    def after_block(self, block: int, where: slice, x: Tensor, prepared: Prepared) -> Tensor:
         """Replace it after the block."""
+        ...
+
+    def select(self, rows: Tensor | slice) -> None:
+        """From here on these rows alone, in this order, as for condition and cache."""
         ...
 
 
@@ -161,7 +165,7 @@ class NextScaleTransformer(nn.Module):
         """The blocks: the last hidden states of the positions `where`."""
         for i, block in enumerate(self.blocks):
             if hooks is not None:
-                x = hooks.before_block(i, where, x)
+                x = hooks.before_block(i, where, x, prepared)
             again = self.gradient_checkpointing and torch.is_grad_enabled() and cache is None
             run = partial(checkpoint, block, use_reentrant=False) if again else block
             x = run(
@@ -174,7 +178,7 @@ class NextScaleTransformer(nn.Module):
                 backend=self.backend,
             )
             if hooks is not None:
-                x = hooks.after_block(i, where, x)
+                x = hooks.after_block(i, where, x, prepared)
         return x
 
     def logits(self, hidden: Float[Tensor, "b t d"], prepared: Prepared) -> Float[Tensor, "b t v"]:

@@ -13,6 +13,7 @@ from nextscale.cli.encode import EncodeConfig
 from nextscale.cli.flags import parse
 from nextscale.cli.generate import GenerateConfig, expand_preset
 from nextscale.cli.recipes import recipe_names, to_yaml
+from nextscale.control.train import ControlTrainingConfig
 from nextscale.tokenizers.train import TokenizerTrainingConfig
 from nextscale.var.train import TransformerTrainingConfig
 
@@ -80,6 +81,8 @@ def test_the_flags_of_the_main_commands():
             "guidance_scale",
             "guidance_schedule",
             "guidance_end",
+            "control_guidance_scale",
+            "control_in_negative",
             "top_k",
             "top_p",
             "temperature",
@@ -102,6 +105,15 @@ def test_the_flags_of_the_main_commands():
             "lora",
             "lora_scale",
             "start",
+            "control_image",
+            "control_type",
+            "control_scale",
+            "control",
+            "control_extract",
+            "control_start",
+            "control_end",
+            "control_mask",
+            "guess_mode",
         ]
     )
     assert flags(EncodeConfig) == DATA | set(
@@ -119,6 +131,9 @@ def test_the_flags_of_the_main_commands():
     assert DATA | TRAINING | {"tokenizer"} <= flags(TokenizerTrainingConfig)
     assert DATA | TRAINING | {"tokenizer", "transformer", "model", "generation"} <= flags(
         TransformerTrainingConfig
+    )
+    assert DATA | TRAINING | {"model", "control_type", "architecture"} <= flags(
+        ControlTrainingConfig
     )
 
 

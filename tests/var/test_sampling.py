@@ -26,6 +26,7 @@ from nextscale.var import (
     WordConditioner,
     sample,
 )
+from nextscale.var.block import Prepared
 from nextscale.var.cache import KeyValueCache
 from nextscale.var.filtering import ImageDraws, filter_logits, inverse_cdf
 
@@ -380,16 +381,19 @@ class RecordingHooks:
         self.added = added
         self.calls: list[tuple[str, int, int, int]] = []
 
-    def before_block(self, block: int, where: slice, x: Tensor) -> Tensor:
+    def before_block(self, block: int, where: slice, x: Tensor, prepared: Prepared) -> Tensor:
         self.calls.append(("before", block, where.start, where.stop))
         assert x.shape[1] == where.stop - where.start
         return x
 
-    def after_block(self, block: int, where: slice, x: Tensor) -> Tensor:
+    def after_block(self, block: int, where: slice, x: Tensor, prepared: Prepared) -> Tensor:
         self.calls.append(("after", block, where.start, where.stop))
         if block != 0 or not self.added:
             return x
         return x + self.added * torch.linspace(-1, 1, x.shape[-1])
+
+    def select(self, rows: Tensor | slice) -> None:
+        assert self.calls
 
 
 def test_hooks_run_around_every_block_of_every_scale(

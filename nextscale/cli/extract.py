@@ -1,0 +1,127 @@
+"""`nextscale extract`: images -> control maps."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from nextscale import storage
+from nextscale.cli.console import Interrupted, check_folder
+from nextscale.cli.flags import parse
+from nextscale.cli.recipes import to_yaml
+from nextscale.errors import UserError
+
+ABOUT = (
+    "Make control maps of images: canny, softedge, scribble, depth, normal, segmentation, lowres, "
+    "inpaint; hed, lineart, pidi, normalbae, openpose, zoe with the extra control-aux. "
+    "`nextscale generate --control_image` takes such a map. What made the maps is written beside "
+    "them, in extractor.json."
+)
+EXAMPLE = "nextscale extract photos --type canny --output_dir maps"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractConfig:
+    """Flags of `nextscale extract`."""
+
+    images: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Pictures, or folders of pictures."""
+    type: str = "canny"
+    """TYPE or TYPE:SOURCE, such as canny, depth:scenes, segmentation:OWNER/MODEL."""
+    low: float | None = None
+    """canny, scribble: lower threshold."""
+    high: float | None = None
+    """canny, scribble: upper threshold."""
+    factor: int | None = None
+    """lowres: how much smaller."""
+    box: tuple[float, float, float, float] | None = None
+    """inpaint: the hole, top left bottom right, in fractions of the side."""
+    resolution: int | None = None
+    """Resize and crop to this side first; None: as they are."""
+    output_dir: str = "maps"
+    """Folder of the maps, PNGs with the names of the images."""
+    overwrite: bool = False
+    """Write into a folder that is not empty."""
+
+
+def run(command: str, arguments: list[str]) -> int:
+    """Extract and say where the maps are."""
+    config, output = parse(command, ExtractConfig, arguments, about=ABOUT, example=EXAMPLE)
+    if output.print_config:
+        print(to_yaml(command, asdict(config)), end="")
+        return 0
+
+    from tqdm import tqdm
+
+    from nextscale.control.conditions import open_extractor
+    from nextscale.data.images import save_png
+
+    settings = {
+        name: value
+        for name in ("low", "high", "factor", "box")
+        if (value := getattr(config, name)) is not None
+    }
+    extractor = open_extractor(config.type, **settings)
+    paths = _paths(config.images)
+    hint = "Choose another folder, or --overwrite."
+    check_folder(config.output_dir, empty=not config.overwrite, hint=hint)
+    folder = Path(config.output_dir)
+    with storage.os_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    written: list[str] = []
+    try:
+        for path, name in tqdm(paths, desc=extractor.type, disable=not output.bar()):
+            found = extractor(_read(path, config.resolution)[None])[0]
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            save_png(
+                np.rint(found.transpose(1, 2, 0) * 255).astype(np.uint8),
+                target,
+                {"nextscale": json.dumps(extractor.record())},
+            )
+            written.append(str(target))
+    except KeyboardInterrupt as error:
+        raise Interrupted(f"interrupted; {len(written)} maps in {folder}") from error
+    record: dict[str, Any] = {"type": extractor.type, **extractor.record()}
+    storage.write_json(folder / "extractor.json", record)
+    output.figures(
+        {"output_dir": str(folder), "num_maps": len(written), "maps": written, **record},
+        f"{len(written)} maps in {folder} ({extractor.name}; {extractor.polarity})",
+    )
+    return 0
+
+
+def _paths(given: tuple[str, ...]) -> list[tuple[Path, str]]:
+    """Pictures and the names of their maps."""
+    from nextscale.data.images import list_images
+
+    if not given:
+        raise UserError("pass the pictures, or a folder of them: nextscale extract photos ...")
+    found: list[tuple[Path, str]] = []
+    for place in map(Path, given):
+        if place.is_dir():
+            for path in list_images(place):
+                found.append((path, str(path.relative_to(place).with_suffix(".png"))))
+        elif place.is_file():
+            found.append((place, f"{place.stem}.png"))
+        else:
+            raise UserError(f"there is no picture or folder {place}")
+    names = [name for _, name in found]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"two images would be written to {twice}; extract them one after the other")
+    return found
+
+
+def _read(path: Path, resolution: int | None) -> np.ndarray:
+    from nextscale.data.images import decode, fit_to
+
+    image = decode(path)
+    if resolution is not None:
+        return fit_to(image, resolution, "center", overscale=1.0)
+    return np.asarray(image)

@@ -1,0 +1,165 @@
+"""What a caller gives as control -> maps at the model's resolution, checked."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from nextscale.control.attach import Attached, Control, attach
+from nextscale.control.conditions import suspect_map
+from nextscale.control.module import ControlModule
+from nextscale.errors import UserError
+
+log = logging.getLogger(__name__)
+
+EXACT = ("canny", "scribble", "segmentation")  # means of their values would be no map
+
+
+def as_controls(image: Any, kind: Any, scale: Any) -> list[Control]:
+    """Controls of `control_image`, `control_type` and `control_scale` of a call.
+
+    One of each, or lists of one per control; a list with one entry is a list.
+
+    Raises:
+        UserError: If something is missing or lists differ in length.
+    """
+    if image is None or kind is None:
+        missing = "control_image" if image is None else "control_type"
+        raise UserError(f"{missing} is missing: control needs control_image and control_type")
+    if isinstance(kind, str):
+        return [Control(image=image, type=kind, strength=1.0 if scale is None else scale)]
+    kinds = list(kind)
+    if not isinstance(image, Sequence) or len(image) != len(kinds):
+        got = len(image) if isinstance(image, Sequence) else 1
+        raise UserError(
+            f"{len(kinds)} control types and {got} control images; pass one image per type"
+        )
+    scales = [1.0] * len(kinds) if scale is None else scale
+    if not isinstance(scales, Sequence):
+        scales = [scales] * len(kinds)
+    if len(scales) != len(kinds):
+        raise UserError(
+            f"{len(kinds)} control types and {len(scales)} control scales; pass one or one per type"
+        )
+    triples = zip(image, kinds, scales, strict=True)
+    return [Control(image=i, type=k, strength=s) for i, k, s in triples]
+
+
+@torch.no_grad()
+def attach_all(
+    controls: Sequence[Control],
+    modules: Mapping[str, ControlModule],
+    prompts: int,
+    images_per_prompt: int,
+) -> list[Attached]:
+    """Controls ready for the images of a call, prompt-major.
+
+    Args:
+        controls: What the caller gave.
+        modules: Those that they name.
+        prompts: Prompts or labels of the call.
+        images_per_prompt: Images of each.
+
+    Raises:
+        UserError: If maps fit neither the prompts nor the images, or are no maps at all.
+    """
+    count, attached = prompts * images_per_prompt, []
+    for control in controls:
+        module = modules[control.type]
+        maps = as_maps(control.image, control.type, module.record.resolution)
+        if len(maps) not in (1, prompts, count):
+            raise UserError(
+                f"{len(maps)} maps of the control {control.type} for {prompts} prompts and "
+                f"{count} images; pass one, or one for each prompt or image"
+            )
+        rows = torch.arange(count) // (count // len(maps))
+        if control.mask is not None:
+            control = replace(control, mask=as_mask(control.mask))
+        attached.append(attach(module, maps, control, rows))
+    return attached
+
+
+def as_maps(given: Any, kind: str, resolution: tuple[int, int]) -> Float[Tensor, "m 3 H W"]:
+    """Maps in [0, 1] of PIL images, arrays or tensors, resized to the model's resolution.
+
+    Args:
+        given: A PIL image, uint8 [H, W, 3] or [H, W], float [3, H, W], [1, H, W] or [n, 3, H, W] in
+            [0, 1], or a list of such.
+        kind: Control type, for its checks and how it is resized.
+        resolution: (height, width).
+
+    Raises:
+        UserError: For another shape, range or aspect.
+    """
+    if isinstance(given, list | tuple):
+        if not given:
+            raise UserError(f"the list of maps of the control {kind} is empty")
+        return torch.cat([as_maps(one, kind, resolution) for one in given])
+    maps = _tensor(given, kind)
+    for map_ in maps[:1]:
+        if reason := suspect_map(kind, map_.numpy()):
+            log.warning(
+                "the control image is probably no map of the type %s: %s (nextscale extract)",
+                kind, reason,
+            )  # fmt: skip
+    size = (maps.shape[2], maps.shape[3])
+    if size == resolution:
+        return maps
+    if abs(size[0] * resolution[1] - size[1] * resolution[0]) > max(size) * 0.02 * max(resolution):
+        raise UserError(
+            f"the control image has {size[1]} x {size[0]} pixels, another aspect than the model's "
+            f"{resolution[1]} x {resolution[0]}; crop it first"
+        )
+    log.warning(
+        "the control image has %d x %d pixels and is resized to %d x %d",
+        size[1], size[0], resolution[1], resolution[0],
+    )  # fmt: skip
+    if kind in EXACT:
+        return F.interpolate(maps, size=resolution, mode="nearest-exact")
+    shrink = size[0] >= resolution[0]
+    return F.interpolate(maps, size=resolution, mode="area" if shrink else "bilinear")
+
+
+def as_mask(given: Any) -> Tensor:
+    """A strength mask [H, W] in [0, 1] of a PIL image, an array or a tensor."""
+    if isinstance(given, Tensor) and given.ndim == 2:
+        return given.float().cpu()
+    return _tensor(given, "mask")[0].mean(dim=0)
+
+
+def _tensor(given: Any, kind: str) -> Float[Tensor, "m 3 H W"]:
+    from PIL import Image
+
+    if isinstance(given, Image.Image):
+        given = np.asarray(given.convert("RGB"))
+    if isinstance(given, np.ndarray):
+        if given.dtype != np.uint8 or given.ndim not in (2, 3):
+            raise UserError(
+                f"the {kind} control is an array of {given.dtype} with the shape "
+                f"{list(given.shape)}; arrays are uint8 [H, W, 3] or [H, W]"
+            )
+        pixels = torch.from_numpy(given.astype(np.float32) / 255)
+        given = pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+    if not isinstance(given, Tensor):
+        raise UserError(
+            f"the {kind} control is a {type(given).__name__}; pass an image, an array or a tensor"
+        )
+    maps = given.detach().float().cpu()
+    maps = maps[None] if maps.ndim == 3 else maps
+    if maps.ndim != 4 or maps.shape[1] not in (1, 3):
+        raise UserError(
+            f"the {kind} control has the shape {list(given.shape)}; maps are [3, H, W] or "
+            "[n, 3, H, W], with one channel or three"
+        )
+    if not bool(((maps >= 0) & (maps <= 1)).all()):
+        low, high = maps.min().item(), maps.max().item()
+        raise UserError(f"the {kind} control has values in [{low:g}, {high:g}]; maps are in [0, 1]")
+    return maps.expand(-1, 3, -1, -1)

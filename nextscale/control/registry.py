@@ -1,0 +1,62 @@
+"""Control modules by name, and on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nextscale import storage
+from nextscale.control.adapter import AdapterControl
+from nextscale.control.additive import AdditiveControl
+from nextscale.control.module import (
+    FORMAT_VERSION,
+    ControlConfig,
+    ControlModule,
+    ControlRecord,
+)
+from nextscale.control.side_network import SideNetworkControl
+from nextscale.errors import UserError
+from nextscale.var import TransformerConfig
+
+ARCHITECTURES: dict[str, type[ControlModule]] = {
+    cls.architecture: cls for cls in (AdditiveControl, AdapterControl, SideNetworkControl)
+}
+
+
+def build_control(
+    config: ControlConfig, base: TransformerConfig, record: ControlRecord
+) -> ControlModule:
+    """A fresh module of the kind that a configuration belongs to."""
+    found = [cls for cls in ARCHITECTURES.values() if type(config) is cls.config_class]
+    return found[0](config, base, record)  # pyright: ignore[reportArgumentType]
+
+
+def read_control(folder: str | Path) -> ControlModule:
+    """Read what `ControlModule.save_pretrained` wrote (float32 on the CPU).
+
+    Raises:
+        UserError: If the folder holds no control module, or a damaged one.
+    """
+    folder = Path(folder)
+    path = folder / "config.json"
+    values = storage.read_config(path, FORMAT_VERSION, "ControlModule")
+    kind = values.get("architecture")
+    if kind not in ARCHITECTURES:
+        raise UserError(
+            f'{folder} is a control module of the architecture "{kind}", this nextscale knows '
+            f"{', '.join(ARCHITECTURES)}; update it"
+        )
+    cls = ARCHITECTURES[kind]
+    for key in ("module", "base", "record"):
+        if not isinstance(values.get(key), dict):
+            raise UserError(f"{path} is damaged: it lacks {key}")
+    encoder = values["module"].get("encoder")
+    if isinstance(encoder, dict):
+        encoder["pretrained"] = False  # the file has the weights
+    config = storage.build(cls.config_class, values["module"], path)
+    base = storage.build(TransformerConfig, values["base"], path)
+    values["record"]["resolution"] = tuple(values["record"].get("resolution", ()))
+    record = storage.build(ControlRecord, values["record"], path)
+    module = cls(config, base, record)
+    state = storage.read_tensors(folder / "model.safetensors")
+    storage.load_state(module, {k: v.float() for k, v in state.items()}, folder)
+    return module.eval()

@@ -1,0 +1,191 @@
+"""`nextscale extract`, `generate --control_image`, `eval --preset control`, `train control`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nextscale.control import AdditiveConfig, ControlRecord, build_control
+from nextscale.control.encoder import EncoderConfig
+from nextscale.data.images import save_png
+from nextscale.data.scenes import render, sample_scene
+from nextscale.pipeline import NextScalePipeline
+from nextscale.var.lora import base_fingerprint
+
+PROMPT = "a red circle left of a blue square"
+GIVEN = "--control_image MAP --control_type canny"
+pytest.importorskip("cv2")
+
+
+@pytest.fixture(scope="session")
+def controlled(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The tiny prompt model with two random control modules."""
+    pipe = NextScalePipeline.from_pretrained(models["words"], dtype="float32")
+    folder = tmp_path_factory.mktemp("controlled")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for kind in ("canny", "depth"):
+            record = ControlRecord(
+                type=kind,
+                resolution=(32, 32),
+                base_fingerprint=base_fingerprint(pipe.transformer),
+                extractor={"spec": kind, "settings": {}},
+            )
+            sizes = AdditiveConfig(encoder=EncoderConfig(width=16, depth=1, heads=2), num_sites=2)
+            module = build_control(sizes, pipe.transformer.config, record)
+            for parameter in module.parameters():
+                parameter.data += torch.randn_like(parameter) * 0.5
+            module.save_pretrained(folder / kind)
+            pipe.load_control(folder / kind)
+    pipe.save_pretrained(folder / "model")
+    return str(folder / "model")
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    (tmp_path / "photos").mkdir()
+    for i, image in enumerate(render([sample_scene(1, i) for i in range(3)], 32)):
+        save_png(image, tmp_path / "photos" / f"{i}.png")
+    return tmp_path / "photos"
+
+
+def pixels(folder: Path) -> np.ndarray:
+    return np.asarray(Image.open(folder / "000000.png"))
+
+
+def test_extract_writes_maps_and_how_they_were_made(run, photos, tmp_path) -> None:
+    result = run(
+        "extract", photos, "--type", "canny", "--low", 20, "--output_dir", tmp_path / "m", "--json"
+    )
+    assert result.code == 0, result.err
+    assert result.json["num_maps"] == 3
+    record = json.loads((tmp_path / "m" / "extractor.json").read_text())
+    assert record["settings"] == {"low": 20.0, "high": 200}
+    with Image.open(tmp_path / "m" / "1.png") as map_:
+        assert map_.size == (32, 32)
+        assert set(np.unique(np.asarray(map_))) <= {0, 255}
+        assert json.loads(map_.info["nextscale"])["name"] == "opencv Canny"
+
+
+def test_control_changes_pictures_and_strength_zero_does_not(
+    generate, controlled, run, photos, tmp_path
+) -> None:
+    run("extract", photos / "0.png", "--output_dir", tmp_path / "m")
+    words = [PROMPT, "--model", controlled, "--seed", 3]
+    flags = ["--control_image", tmp_path / "m" / "0.png", "--control_type", "canny"]
+    pictures = []
+    for name, more in {
+        "plain": [],
+        "off": [*flags, "--control_scale", 0],
+        "on": flags,
+        "photo": [*flags, "--control_extract", "--control_image", photos / "0.png"],
+        "guess": [*flags, "--guess_mode"],
+        "text": [*flags, "--control_in_negative"],
+        "knobs": [*flags, "--control_guidance_scale", 4],
+        "late": [*flags, "--control_start", 2],
+    }.items():
+        result = generate(*words, "--output_dir", tmp_path / name, *more)
+        assert result.code == 0, result.err
+        pictures.append(pixels(tmp_path / name))
+    plain, off, on, photo, *others = pictures
+    assert (plain == off).all()
+    assert (on == photo).all()
+    for other in (on, *others):
+        assert (other != plain).any()
+    recipe = (tmp_path / "on" / "recipe.yaml").read_text()
+    assert "control_type" in recipe
+    again = run(
+        "generate", "--config", tmp_path / "on" / "recipe.yaml", "--output_dir", tmp_path / "again"
+    )
+    assert again.code == 0, again.err
+    assert (pixels(tmp_path / "again") == on).all()
+
+
+def test_two_controls_and_a_module_of_one_s_own(generate, controlled, models, photos, tmp_path):
+    module = Path(controlled) / "controls" / "canny"
+    image = photos / "0.png"
+    two = ["--control_image", image, image, "--control_type", "canny", "depth"]
+    both = generate(PROMPT, "--model", controlled, "--seed", 1, *two, "--control_scale", 1, 0)
+    assert both.code == 0, both.err
+    one = ["--control", module, "--control_image", image, "--control_type", "canny"]
+    alone = generate(PROMPT, "--seed", 1, *one, "--output_dir", tmp_path / "alone")
+    assert alone.code == 0, alone.err
+    assert (pixels(tmp_path / "out") == pixels(tmp_path / "alone")).all()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--control_image MAP", "1 control images and 0 control types"),
+        ("--control_type canny", "0 control images and 1 control types"),
+        ("--control_image nowhere.png --control_type canny", "nowhere.png is no file"),
+        ("--control_image MAP --control_type pose", 'no control "pose" (loaded: canny, depth)'),
+        (f"{GIVEN} --control_scale 99", "control_scale is 99"),
+        (f"{GIVEN} --control_start 7", "they must lie in 0..3"),
+        (f"{GIVEN} --control_scale 1 1", "2 values of control_scale for 1 controls"),
+        ("--control_image WIDE --control_type canny", "another aspect"),
+        ("--guess_mode", "guess_mode needs --control_image"),
+        ("--control_guidance_scale 2", "control_guidance_scale needs a control"),
+        ("--control /nowhere", "is no model"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    flags, message, generate, controlled, photos, tmp_path
+) -> None:
+    save_png(np.zeros((16, 64, 3), np.uint8), tmp_path / "wide.png")
+    places = {"MAP": photos / "0.png", "WIDE": tmp_path / "wide.png"}
+    words = [places.get(word, word) for word in flags.split()]
+    result = generate(PROMPT, "--model", controlled, *words)
+    assert result.code == 2
+    assert message in result.err
+    assert len(result.err.strip().splitlines()) <= 2  # a warning may stand before it
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_module_of_another_base_is_refused(generate, controlled, models, photos, tmp_path):
+    module = Path(controlled) / "controls" / "canny"
+    words = ["--control", module, "--control_image", photos / "0.png", "--control_type", "canny"]
+    result = generate("--model", models["class"], "--class_labels", 1, *words)
+    assert result.code == 2
+    assert "was trained on other weights than this model's" in result.err
+
+
+def test_the_control_preset(run, controlled, tmp_path) -> None:
+    words = ["eval", "--preset", "control", "--model", controlled, "--num_images", 6]
+    words += ["--num_reference", 70, "--device", "cpu", "--plot", tmp_path / "plots"]
+    result = run(*words, "--json", "--output", tmp_path / "r.json")
+    assert result.code == 0, result.err
+    record = result.json
+    assert json.loads((tmp_path / "r.json").read_text()) == record
+    assert set(record["controls"]) == {"canny", "depth"}
+    canny, depth = record["controls"]["canny"], record["controls"]["depth"]
+    assert canny["real"]["value"] == 1
+    assert canny["floor"]["metric"] == "canny_f1"
+    assert depth["real"]["value"] == 0
+    assert depth["floor"]["value"] > 0
+    for entry in (canny, depth):
+        low, high = entry["floor"]["value"], entry["real"]["value"]
+        gap = (entry["control"]["value"] - low) / (high - low)
+        assert entry["gap_closed"] == pytest.approx(gap)
+        assert 0 <= entry["quality"]["prompt_accuracy"] <= 1
+    assert (tmp_path / "plots" / "controls.png").is_file()
+    table = run(*words, "--control_type", "canny")
+    assert "canny_f1" in table.out
+    assert "depth_rmse" not in table.out
+
+
+def test_training_from_the_command_line(run, models, tmp_path) -> None:
+    words = ["train", "control", "--model", models["words"], "--control_type", "depth"]
+    words += ["--dataset", "scenes", "--resolution", 32, "--num_images", 8]
+    words += ["--max_train_steps", 1, "--train_batch_size", 2, "--num_validation_images", 2]
+    words += ["--additive.num_sites", 1, "--additive.encoder.width", 16]
+    result = run(*words, "--output_dir", tmp_path / "run", "--json")
+    assert result.code == 0, result.err
+    figures = result.json["metrics"]
+    assert figures["val/loss"] == pytest.approx(figures["val/loss_without"], abs=1e-3)
+    assert (tmp_path / "run" / "model" / "config.json").is_file()
