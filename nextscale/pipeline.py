@@ -327,6 +327,8 @@ class NextScalePipeline:
         top_k: int | None = None,
         top_p: float | None = None,
         temperature: float | tuple[float, ...] | None = None,
+        temperature_end: float | None = None,
+        temperature_power: float | None = None,
         more_smooth: bool | None = None,
         num_candidates: int | None = None,
         start: Tensor | None = None,
@@ -360,6 +362,8 @@ class NextScalePipeline:
             top_k: Most likely codes kept; 0 is off.
             top_p: Probability mass kept, in (0, 1]; 1.0 is off.
             temperature: Positive.
+            temperature_end: Temperature of the last scale, if it changes over the scales.
+            temperature_power: 1: it changes linearly.
             more_smooth: Gumbel-softmax mixing of codes.
             num_candidates: Pictures drawn per image, of which the likeliest is kept.
             start: One row per image, or per candidate of each: floats [n, d] are added to the start
@@ -409,6 +413,8 @@ class NextScalePipeline:
             top_k=top_k,
             top_p=top_p,
             temperature=temperature,
+            temperature_end=temperature_end,
+            temperature_power=temperature_power,
             more_smooth=more_smooth,
             num_candidates=num_candidates,
             control_guidance_scale=control_guidance_scale,

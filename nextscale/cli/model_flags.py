@@ -27,6 +27,10 @@ class SamplingFlags:
     """Keep this probability mass, in (0, 1]; 1.0 is off."""
     temperature: tuple[float, ...] | None = None
     """Divides the logits: one number, or one per scale."""
+    temperature_end: float | None = None
+    """Temperature of the last scale; it changes from `temperature` at the first."""
+    temperature_power: float | None = None
+    """How: linearly (1), later (above 1) or sooner (below 1)."""
     more_smooth: bool | None = None
     """Mix codes by Gumbel-softmax: smoother pictures, never for FID."""
     num_candidates: int | None = None

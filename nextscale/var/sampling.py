@@ -47,6 +47,12 @@ class SamplingConfig:
     """Keep the most likely codes up to this probability mass; 1.0 is off."""
     temperature: float | tuple[float, ...] = 1.0
     """Divides the logits; one number, or one per scale."""
+    temperature_end: float | None = None
+    """Temperature of the last scale: T - (T - T_end) u^q at u = k / (K - 1), from `temperature` at
+    the first. None: the same at all scales. ECM (arXiv 2510.05610) takes 1.0 to 0.8 after
+    early-centric training."""
+    temperature_power: float = 1.0
+    """q of temperature_end."""
     more_smooth: bool = False
     """Mix code vectors by Gumbel-softmax instead of drawing one: prettier, never for FID."""
     num_candidates: int = 1
@@ -74,7 +80,12 @@ class SamplingConfig:
             raise UserError(f"top_k must be 0 (off) or positive, got {self.top_k}")
         if self.guidance_end is not None and self.guidance_end < 0:
             raise UserError(f"guidance_end must be a scale, 0 or more, got {self.guidance_end}")
-        for value in _numbers(self.temperature):
+        if self.temperature_end is not None and isinstance(self.temperature, tuple):
+            raise UserError("temperature_end needs one temperature, got one per scale; choose one")
+        if self.temperature_power <= 0:
+            raise UserError(f"temperature_power must be above 0, got {self.temperature_power}")
+        end = () if self.temperature_end is None else (self.temperature_end,)
+        for value in (*_numbers(self.temperature), *end):
             if not 0 < value < float("inf"):
                 raise UserError(
                     f"temperature must be positive and finite, got {value}. Use top_k=1 for the "
@@ -113,7 +124,9 @@ class SamplingConfig:
         value = self.temperature
         if isinstance(value, tuple):
             return _per_scale("temperature", value, num_scales)
-        return (value,) * num_scales
+        fall = 0.0 if self.temperature_end is None else value - self.temperature_end
+        power = self.temperature_power
+        return tuple(value - fall * ratio(k, num_scales) ** power for k in range(num_scales))
 
 
 @dataclass(frozen=True)

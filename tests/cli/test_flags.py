@@ -86,6 +86,8 @@ def test_the_flags_of_the_main_commands():
             "top_k",
             "top_p",
             "temperature",
+            "temperature_end",
+            "temperature_power",
             "more_smooth",
             "num_candidates",
             "prompts",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -369,6 +370,22 @@ def test_a_prefix_holds_whole_scales(
     prefix = torch.zeros(4, 7, dtype=torch.long)
     with pytest.raises(UserError, match=r"whole scales, \[1, 5, 14, 30\].* got 7"):
         run(tiny_model, tiny_tokenizer, USUAL, prefix=prefix)
+
+
+def test_temperature_falls_over_the_scales() -> None:
+    fall = SamplingConfig(temperature=1.0, temperature_end=0.8)
+    assert fall.temperatures(5) == pytest.approx((1.0, 0.95, 0.9, 0.85, 0.8))
+    late = replace(fall, temperature_power=2.0)
+    assert late.temperatures(5) == pytest.approx((1.0, 0.9875, 0.95, 0.8875, 0.8))
+    same = SamplingConfig(temperature=0.9, temperature_end=0.9)
+    assert same.temperatures(7) == SamplingConfig(temperature=0.9).temperatures(7)
+    for changes in (
+        {"temperature_end": 0.0},
+        {"temperature_power": 0.0},
+        {"temperature": (1.0, 0.9), "temperature_end": 0.8},
+    ):
+        with pytest.raises(UserError, match="temperature"):
+            SamplingConfig(**changes)
 
 
 # ---- hooks -----------------------------------------------------------------------------------
