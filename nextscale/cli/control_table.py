@@ -15,6 +15,7 @@ from nextscale.errors import UserError
 if TYPE_CHECKING:
     from nextscale.cli.console import Output
     from nextscale.data.sources import ImageSource
+    from nextscale.eval.frechet import Moments
     from nextscale.pipeline import NextScalePipeline
 
 BATCH = 50
@@ -167,7 +168,7 @@ class _Quality:
     ) -> None:
         grammar = pipe.transformer.conditioner.config().get("grammar")
         self.captions = captions if grammar == "scenes" else None
-        self.reference: tuple[np.ndarray, np.ndarray] | None = None
+        self.reference: Moments | None = None
         if self.captions is not None and others:
             from nextscale.eval import small_features
 
@@ -188,18 +189,22 @@ class _Quality:
         if self.reference is not None:
             from nextscale.eval import frechet_distance
 
-            found["fd_scenes"] = frechet_distance(*self._moments(pictures), *self.reference)
+            own, true = self._moments(pictures), self.reference
+            found["fd_scenes"] = frechet_distance(
+                own.mean, own.covariance, true.mean, true.covariance
+            )
         return found
 
-    def _moments(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and covariance of the pictures' features."""
+    def _moments(self, pictures: np.ndarray) -> Moments:
+        """Of the pictures' features."""
+        from nextscale.eval.frechet import Moments
+
         starts = range(0, len(pictures), BATCH)
         parts = [
             next(iter(self.network(list(pictures[i : i + BATCH]), range(i, i + BATCH)).values()))
             for i in starts
         ]
-        features = torch.cat(parts).double().cpu().numpy()
-        return features.mean(axis=0), np.cov(features, rowvar=False)
+        return Moments.of(torch.cat(parts).cpu())
 
 
 def _reconstructed(pipe: NextScalePipeline, images: torch.Tensor) -> np.ndarray:
