@@ -38,9 +38,7 @@ def test_edges_lie_on_the_outlines() -> None:
     pytest.importorskip("kornia")
     edges = np.stack([ground_truth(scene, 64).edges for scene in SCENES])
     near = np.stack([_grown(e) for e in edges])
-    plain = [
-        all(s.fill == "solid" for s in scene.shapes) for scene in SCENES
-    ]  # bars have edges
+    plain = [all(s.fill == "solid" for s in scene.shapes) for scene in SCENES]  # bars have edges
     for kind, share in (("canny", 0.8), ("scribble", 0.6)):
         found = open_extractor(kind)(PICTURES)[plain, 0]
         assert (found * near[plain]).sum() / found.sum() > share, kind
