@@ -276,6 +276,10 @@ class NextScalePipeline:
         folder = storage.resolve_model(path)
         inside = folder / "model"  # of a training run
         module = read_control(inside if (inside / "config.json").is_file() else folder)
+        return self.add_control(module.requires_grad_(False), name)
+
+    def add_control(self, module: ControlModule, name: str | None = None) -> str:
+        """The same with an open module."""
         name = name or module.record.type
         self._controls[name] = self._fitting(module)
         return name
@@ -301,7 +305,8 @@ class NextScalePipeline:
         if isinstance(found, Path):
             from nextscale.control import read_control
 
-            self._controls[name] = found = self._fitting(read_control(found))
+            found = self._fitting(read_control(found).requires_grad_(False))
+            self._controls[name] = found
         return found
 
     def _fitting(self, module: ControlModule) -> ControlModule:
@@ -310,7 +315,7 @@ class NextScalePipeline:
         from nextscale.var.lora import base_fingerprint
 
         check_base(module, self.transformer, base_fingerprint(self.transformer))
-        return module.to(self.device, self.dtype).requires_grad_(False)
+        return module.to(self.device, self.dtype)
 
     # ---- generation --------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nextscale import processes
+from nextscale.pipeline import NextScalePipeline
 from nextscale.tokenizers import MultiscaleVQ, TokenizerConfig
 from nextscale.var import ClassConditioner, Conditioner, NextScaleTransformer, TransformerConfig
 
@@ -125,6 +126,27 @@ def _fill(module: nn.Module, seed: int) -> None:
         nn.init.normal_(parameter, std=1 / math.sqrt(fan_in), generator=generator)
         if "norm" in name and name.endswith("weight"):
             nn.init.ones_(parameter)
+
+
+@pytest.fixture(scope="session")
+def control_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model of 32 x 32 pictures of the scenes' 20 classes, on disk."""
+    folder = tmp_path_factory.mktemp("control") / "model"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tokenizer = MultiscaleVQ(
+            TokenizerConfig(
+                scales=(1, 2, 4), codebook_size=16, codebook_dim=8, channels=32,
+                channel_multipliers=(1, 1, 1, 1), num_res_blocks=1,
+            )
+        )  # fmt: skip
+        torch.nn.init.normal_(tokenizer.quantizer.codebook.weight)
+        sizes = TransformerConfig(
+            scales=(1, 2, 4), codebook_size=16, codebook_dim=8, depth=2, width=32, num_heads=2
+        )
+        transformer = NextScaleTransformer(sizes, ClassConditioner(width=32, num_classes=20))
+    NextScalePipeline(tokenizer, transformer).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

@@ -43,9 +43,13 @@ class AlignConfig(TrainingConfig):
     """grpo, dpo, raft, b2, dragon or find; its settings are in the section of its name."""
     model: str = "scenes"
     """A next-scale model (bundled name, folder, hub id) or a diffusers pipeline (folder or id)."""
+    control: str | None = None
+    """Tune this control instead of the model: one of the model's by name, or a folder of `train
+    control`. Its maps are made of the pictures of `prompts`, which are of images:DATASET."""
     prompts: tuple[str, ...] = ()
-    """What is drawn: scenes:standard, scenes:hard, classes, or .txt and .jsonl files, in turns.
-    Empty: those of `pairs`, classes for class-conditional models, else scenes:standard."""
+    """What is drawn: scenes:standard, scenes:hard, classes, images:DATASET[@SPLIT] (for control),
+    or .txt and .jsonl files, in turns. Empty: those of `pairs`; for control images:scenes, for
+    class-conditional models classes, else scenes:standard."""
     pairs: str | None = None
     """DPO on given pairs instead of rollouts: a .jsonl of {"prompt" or "class_label", "chosen",
     "rejected"}, the last two paths of pictures, relative to the file."""
@@ -200,6 +204,11 @@ class AlignConfig(TrainingConfig):
                 f"num_generations is {self.num_generations}: a group of one has nothing to be "
                 "compared with. Use 2 or more, 8 is usual"
             )
+        for name in ("pairs", "lora_rank"):
+            if self.control is not None and getattr(self, name):
+                raise UserError(f"a control is tuned by rollouts, whole: leave {name} out")
+        if self.control is not None and self.method == "find":
+            raise UserError("find trains the start, not a control: leave control out")
         if self.pairs is not None and self.method != "dpo":
             raise UserError(f"pairs are for method dpo, not {self.method}")
         most = self.num_train_prompts or self.num_prompts

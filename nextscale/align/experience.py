@@ -111,7 +111,7 @@ def collect(
         model_version: Optimizer steps of the weights.
     """
     own = processes.own_range(len(prompts))
-    conditions = policy.encode([prompts[i].condition for i in own]) if len(own) else None
+    conditions = policy.encode([prompts[i].asked for i in own]) if len(own) else None
     parts: list[Trajectory] = []
     if conditions is not None:
         first = own.start * num_generations

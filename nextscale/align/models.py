@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nextscale import processes, storage
 from nextscale.align.config import AlignConfig
+from nextscale.align.prompts import Condition, Controlled
 from nextscale.align.references import AdapterOff, FrozenCopy
 from nextscale.align.trajectory import Policy
 from nextscale.errors import UserError, missing_extra
@@ -46,7 +47,7 @@ class AlignModel(Protocol):
         """See above."""
         ...
 
-    def check(self, conditions: Sequence[str | int]) -> None:
+    def check(self, conditions: Sequence[Condition]) -> None:
         """Refuse prompts that the generator cannot read, before any work."""
         ...
 
@@ -57,7 +58,7 @@ class AlignModel(Protocol):
     def draw(
         self,
         network: nn.Module | None,
-        conditions: Sequence[str | int],
+        conditions: Sequence[Condition],
         seeds: Sequence[int],
         start: Tensor | None = None,
     ) -> Float[Tensor, "b 3 H W"]:
@@ -92,7 +93,13 @@ def open_model(config: AlignConfig) -> AlignModel:
     with torch.random.fork_rng():
         torch.manual_seed(stream(config.seed).initial_seed())  # of a new LoRA
         if "_class_name" in about:  # diffusers' own key
+            if config.control is not None:
+                raise UserError(f"control is for next-scale models; {config.model} is none")
             return DiffusionModel(config, folder, device)
+        if config.control is not None:
+            from nextscale.align.controlled import ControlledModel
+
+            return ControlledModel(config, device)
         return NextScaleModel(config, device)
 
 
@@ -126,17 +133,22 @@ class NextScaleModel:
             top_k=config.top_k,
             top_p=config.top_p,
         )
-        self.policy: Policy = NextScalePolicy(
-            self.pipe,
-            settings,
-            logp_space=config.logp_space,  # pyright: ignore[reportArgumentType]
-            autocast=torch.bfloat16 if self.half else None,
-            batch_size=config.rollout_batch_size,
-            train_scales=config.train_scales,
-        )
+        self.options: dict[str, Any] = {
+            "settings": settings,
+            "logp_space": config.logp_space,
+            "autocast": torch.bfloat16 if self.half else None,
+            "batch_size": config.rollout_batch_size,
+            "train_scales": config.train_scales,
+        }
+        self.policy: Policy = NextScalePolicy(self.pipe, **self.options)
 
-    def check(self, conditions: Sequence[str | int]) -> None:
+    def check(self, conditions: Sequence[Condition]) -> None:
         """A caption outside of the grammar; see `AlignModel`."""
+        if any(isinstance(condition, Controlled) for condition in conditions):
+            raise UserError(
+                "prompts of images: are for tuning a control, and control is None: pass --control "
+                "NAME, or captions alone, such as scenes:standard"
+            )
         self.policy.encode(conditions)
 
     def add_reference(self) -> nn.Module | None:
@@ -150,7 +162,7 @@ class NextScaleModel:
     def draw(
         self,
         network: nn.Module | None,
-        conditions: Sequence[str | int],
+        conditions: Sequence[Condition],
         seeds: Sequence[int],
         start: Tensor | None = None,
     ) -> Float[Tensor, "b 3 H W"]:
@@ -245,7 +257,7 @@ class DiffusionModel:
             height, width = self._drawer.calls.decode(self._drawer.plan, zeros).shape[2:]
         return height, width
 
-    def check(self, conditions: Sequence[str | int]) -> None:
+    def check(self, conditions: Sequence[Condition]) -> None:
         """Any text can be read; see `AlignModel`."""
 
     def add_reference(self) -> nn.Module | None:
@@ -259,7 +271,7 @@ class DiffusionModel:
     def draw(
         self,
         network: nn.Module | None,
-        conditions: Sequence[str | int],
+        conditions: Sequence[Condition],
         seeds: Sequence[int],
         start: Tensor | None = None,
     ) -> Float[Tensor, "b 3 H W"]:

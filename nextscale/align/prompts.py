@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from nextscale import storage
 from nextscale.data.benchmark import BENCHMARKS, load_benchmark, training_captions
@@ -14,6 +17,50 @@ from nextscale.errors import UserError
 from nextscale.streams import batch_indices
 
 _NUM_CAPTIONS = 8_000  # of each scenes list, most of them different
+_MAPS_KEPT = 256
+_NUM_PICTURES = 2_000  # of each dataset whose pictures are control
+
+
+@dataclass(frozen=True)
+class ControlPicture:
+    """A picture of a dataset, whose control map pictures are to follow.
+
+    Attributes:
+        dataset: As `--dataset` takes it.
+        split: Its part.
+        index: Number of the picture.
+    """
+
+    dataset: str
+    split: str
+    index: int
+
+    def load(self, resolution: int) -> np.ndarray:
+        """uint8 [H, W, 3]."""
+        batch = _source(self.dataset, self.split, resolution).load(np.array([self.index]))
+        return batch.images[0].permute(1, 2, 0).numpy()
+
+
+def map_cache(
+    extractor: Callable[[np.ndarray], np.ndarray],
+) -> Callable[[ControlPicture, int], np.ndarray]:
+    """A function (picture, resolution) -> its control map float [3, H, W], the last ones kept."""
+
+    @lru_cache(_MAPS_KEPT)
+    def map_of(picture: ControlPicture, resolution: int) -> np.ndarray:
+        return extractor(picture.load(resolution)[None])[0]
+
+    return map_of
+
+
+class Controlled(NamedTuple):
+    """What a model under control is asked for."""
+
+    condition: str | int
+    picture: ControlPicture
+
+
+Condition = str | int | Controlled
 
 
 @dataclass(frozen=True)
@@ -22,11 +69,18 @@ class Prompt:
 
     Attributes:
         condition: A text, or a class number.
-        metadata: What a reward may want to know besides, from a .jsonl file.
+        metadata: What a reward may want to know besides, from a .jsonl file; under
+            "control_picture" a `ControlPicture`.
     """
 
     condition: str | int
     metadata: Mapping[str, Any]
+
+    @property
+    def asked(self) -> Condition:
+        """What the model is asked for: the condition, with its control picture if it has one."""
+        picture = self.metadata.get("control_picture")
+        return Controlled(self.condition, picture) if picture else self.condition
 
 
 def open_prompts(
@@ -37,8 +91,9 @@ def open_prompts(
     Args:
         names: Each one of: scenes:standard and scenes:hard (training captions of these forms, which
             are in no benchmark); benchmark:NAME (a benchmark itself, to measure); classes (all
-            classes of the model); a .txt file, one prompt per line; a .jsonl file of objects with
-            "prompt" or "class_label", the other keys are metadata.
+            classes of the model); images:DATASET or images:DATASET@SPLIT (captions or labels of a
+            dataset with its pictures, for control); a .txt file, one prompt per line; a .jsonl file
+            of objects with "prompt" or "class_label", the other keys are metadata.
         num_classes: Classes of the model; None: it takes prompts.
         what: The setting, for messages.
 
@@ -98,11 +153,13 @@ def _open(name: str, num_classes: int | None, what: str) -> list[Prompt]:
         if num_classes is None:
             raise UserError(f"{what} classes needs a class-conditional model; this takes prompts")
         return [Prompt(label, {}) for label in range(num_classes)]
+    if kind == "images":
+        return _pictures(argument, by_class=num_classes is not None)
     path = Path(name)
     if path.suffix not in (".txt", ".jsonl") or not path.is_file():
         raise UserError(
             f'{what} "{name}" is no source: use scenes:standard, scenes:hard, benchmark:NAME, '
-            "classes, or a .txt or .jsonl file that exists"
+            "classes, images:DATASET, or a .txt or .jsonl file that exists"
         )
     numbered = enumerate(storage.read_lines(path), 1)
     lines = [(number, line) for number, line in numbered if line.strip()]
@@ -111,6 +168,32 @@ def _open(name: str, num_classes: int | None, what: str) -> list[Prompt]:
     if path.suffix == ".txt":
         return [Prompt(line.strip(), {}) for _, line in lines]
     return [_parse(line, f"{name}, line {number}") for number, line in lines]
+
+
+@cache
+def _source(dataset: str, split: str, resolution: int) -> Any:
+    from nextscale.data.sources import open_source
+
+    return open_source(dataset, resolution=resolution, split=split)  # pyright: ignore[reportArgumentType]
+
+
+def _pictures(argument: str, *, by_class: bool) -> list[Prompt]:
+    """Captions, or labels, of a dataset with its pictures."""
+    dataset, _, split = argument.partition("@")
+    split = split or "train"
+    if split not in ("train", "validation", "all"):
+        raise UserError(f"images:{argument}: the split is train, validation or all")
+    source = _source(dataset, split, 64)
+    rows = np.arange(min(len(source), _NUM_PICTURES))
+    found: list[Any] = source.captions(rows)
+    if by_class:
+        parts = [source.load(part).labels for part in np.array_split(rows, max(len(rows) // 64, 1))]
+        found = [] if parts[0] is None else [int(label) for part in parts for label in part]
+    if not found:
+        missing = "labels" if by_class else "captions"
+        raise UserError(f"images:{argument}: the dataset has no {missing}")
+    pictures = (ControlPicture(dataset, split, int(row)) for row in rows)
+    return [Prompt(c, {"control_picture": p}) for c, p in zip(found, pictures, strict=True)]
 
 
 def _parse(line: str, where: str) -> Prompt:

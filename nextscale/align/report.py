@@ -175,7 +175,7 @@ def make_report(
         first = len(prompts)
         prompts += [prompt for prompt in asked for _ in range(config.num_eval_images)]
         sources[name] = slice(first, len(prompts))
-    model.check([prompt.condition for prompt in prompts])
+    model.check([prompt.asked for prompt in prompts])
     network, reference = None, None
     if processes.is_main() and (network := _features_of(config, model)) is not None:
         reference = _reference(config, model)
@@ -206,7 +206,7 @@ def make_report(
 
 def _about(config: AlignConfig, model: AlignModel, prompts: Sequence[Prompt]) -> dict[str, str]:
     """What the pictures of the report depend on."""
-    conditions = "\n".join(str(prompt.condition) for prompt in prompts)
+    conditions = "\n".join(str(prompt.asked) for prompt in prompts)
     generation = getattr(getattr(model, "pipe", None), "generation", None)
     settings = [config.guidance_scale, config.mixed_precision, str(generation), config.diffusion]
     return {
@@ -240,8 +240,9 @@ def score_all(
         return images.new_zeros(len(images), 0)
     conditions = [prompt.condition for prompt in prompts]
     columns, _ = score(rewards, images, conditions, [prompt.metadata for prompt in prompts])
-    numbers = {condition: i for i, condition in enumerate(dict.fromkeys(conditions))}
-    groups = torch.tensor([numbers[condition] for condition in conditions])
+    asked = [prompt.asked for prompt in prompts]
+    numbers = {condition: i for i, condition in enumerate(dict.fromkeys(asked))}
+    groups = torch.tensor([numbers[condition] for condition in asked])
     return score_together(rewards, columns, images, prompts, groups, whole=True)[0]
 
 
@@ -275,9 +276,7 @@ def _draw(
     starts = range(own.start, own.stop, size)
     for start in tqdm(starts, "drawing for the report", unit="batch", disable=not progress):
         rows = range(start, min(start + size, own.stop))
-        images = model.draw(
-            network, [prompts[i].condition for i in rows], [_SEED + i for i in rows]
-        )
+        images = model.draw(network, [prompts[i].asked for i in rows], [_SEED + i for i in rows])
         parts.append(to_uint8(images).cpu())
     mine = torch.cat(parts) if parts else torch.zeros(0, 3, 1, 1, dtype=torch.uint8)
     return torch.cat([part for part in processes.gather(mine) if len(part)])
@@ -338,7 +337,7 @@ def _kl_per_step(
     if not isinstance(policy, StartPolicy):  # which knows its own
         reference = Given(open_model(config).policy.network)
     chosen = list(prompts)[:: max(1, len(prompts) // _KL_SAMPLES)][:_KL_SAMPLES]
-    encoded = policy.encode([prompt.condition for prompt in chosen])
+    encoded = policy.encode([prompt.asked for prompt in chosen])
     generators = [stream(config.seed, -1, i) for i in range(len(chosen))]
     drawn = policy.sample(encoded, generators=generators)
     held, policy.baseline = policy.baseline, reference

@@ -16,7 +16,7 @@ from nextscale.align.models import AlignModel
 from nextscale.align.policies.diffusion import DiffusionPolicy
 from nextscale.align.policies.next_scale import NextScalePolicy
 from nextscale.align.policies.start import StartPolicy, prompt_features
-from nextscale.align.prompts import open_prompts
+from nextscale.align.prompts import Condition, open_prompts
 from nextscale.align.starts import TOKENS, StartDistribution, StartShape, read_starts, save_starts
 from nextscale.errors import UserError, require
 from nextscale.pipeline import NextScalePipeline
@@ -43,7 +43,7 @@ class StartModel:
         """See `AlignModel`."""
         return self.inner.resolution
 
-    def check(self, conditions: Sequence[str | int]) -> None:
+    def check(self, conditions: Sequence[Condition]) -> None:
         """See `AlignModel`."""
         self.inner.check(conditions)
         self.start_policy.rows(conditions)
@@ -59,7 +59,7 @@ class StartModel:
     def draw(
         self,
         network: nn.Module | None,
-        conditions: Sequence[str | int],
+        conditions: Sequence[Condition],
         seeds: Sequence[int],
         start: Tensor | None = None,
     ) -> Float[Tensor, "b 3 H W"]:
@@ -131,7 +131,7 @@ def open_starts(config: AlignConfig, inner: AlignModel) -> StartModel:
 
 def draw_starts(
     policy: StartPolicy,
-    conditions: Sequence[str | int],
+    conditions: Sequence[Any],
     seeds: Sequence[int],
     *,
     network: nn.Module | None = None,

@@ -24,7 +24,7 @@ from nextscale.align.methods import Method
 from nextscale.align.methods.dpo import DPO
 from nextscale.align.models import AlignModel
 from nextscale.align.pairs import load_pairs, read_pairs
-from nextscale.align.prompts import Prompt, draw_prompts
+from nextscale.align.prompts import Condition, Prompt, draw_prompts
 from nextscale.align.rewards import RewardTrend
 from nextscale.align.rewards.distribution import warn_of_small_sets
 from nextscale.align.rewards.reward import AnyReward, PairwiseReward
@@ -96,9 +96,9 @@ class Online:
                 exit_code=1,
             )
 
-    def conditions(self) -> list[str | int]:
+    def conditions(self) -> list[Condition]:
         """Everything that rollouts may draw."""
-        return [prompt.condition for prompt in self.prompts]
+        return [prompt.asked for prompt in self.prompts]
 
     def load_batch(self, indices: np.ndarray, step: int) -> Int[Tensor, " b"]:
         """Examples of the rollout of this step."""
@@ -211,7 +211,7 @@ class Offline:
     def check(self) -> None:
         """Given pairs always teach."""
 
-    def conditions(self) -> list[str | int]:
+    def conditions(self) -> list[Condition]:
         """Those of all pairs."""
         return [pair.condition for pair in self.pairs]
 

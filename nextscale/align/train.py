@@ -184,8 +184,13 @@ def _with_prompts(config: AlignConfig, model: AlignModel) -> AlignConfig:
     """What is drawn if nothing is said."""
     usual = "scenes:standard" if model.num_classes is None else "classes"
     prompts = config.prompts or (config.pairs or usual,)
-    table = config.method == "find" and not config.find.amortised
-    measured = ("benchmark:standard",) if model.grammar == "scenes" and not table else prompts
+    if config.control is not None:
+        prompts = config.prompts or ("images:scenes",)
+        measured = tuple(f"{name.partition('@')[0]}@validation" for name in prompts)
+    elif model.grammar == "scenes" and (config.method != "find" or config.find.amortised):
+        measured = ("benchmark:standard",)
+    else:
+        measured = prompts
     return replace(config, prompts=prompts, eval_prompts=config.eval_prompts or measured)
 
 

@@ -100,6 +100,14 @@ def map_rows(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return type(value)(map_rows(entry, change) for entry in value)
 
 
+def num_rows(value: Any) -> int:
+    """Rows of the tensors in nested lists, tuples and dicts."""
+    while not isinstance(value, Tensor):
+        entries = value.values() if isinstance(value, Mapping) else value
+        value = next(entry for entry in entries if entry is not None)
+    return len(value)
+
+
 def cat_rows(values: Sequence[Any]) -> Any:
     """Concatenate tensors of equally nested lists, tuples and dicts along their rows."""
     first = values[0]

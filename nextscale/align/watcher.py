@@ -76,7 +76,7 @@ class Watcher:
         return self._stop
 
     def _measure(self, network: nn.Module, step: int) -> dict[str, float]:
-        conditions = [prompt.condition for prompt in self.prompts]
+        conditions = [prompt.asked for prompt in self.prompts]
         seeds = list(range(_VALIDATION_SEED, _VALIDATION_SEED + len(conditions)))
         images = self.model.draw(network, conditions, seeds)
         columns = score_all([*self.rewards, *self.held_out], images, self.prompts)

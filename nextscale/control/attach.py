@@ -195,9 +195,7 @@ class ControlHooks:
     def before_block(self, block: int, where: slice, x: Tensor, prepared: Prepared) -> Tensor:
         """The stream with what the controls add to a block's input."""
         if self.groups is None:
-            images = len(self.pictures[0])
-            every = [p.repeat(len(x) // images) for p in self.pictures]
-            self._hold(torch.arange(len(x)) // images, every)
+            self._begin(len(x))
         return self._add("before", block, where, x, prepared)
 
     def after_block(self, block: int, where: slice, x: Tensor, prepared: Prepared) -> Tensor:
@@ -206,14 +204,21 @@ class ControlHooks:
 
     def select(self, rows: Tensor | slice) -> None:
         """Drop or repeat rows, as the sampler does between scales."""
-        if self.groups is None:
-            raise RuntimeError("rows were selected before the first scale")
+        if self.groups is None:  # before the first scale, where rows are only ever repeated
+            assert isinstance(rows, Tensor)
+            self._begin(int(rows.max()) + 1)
+        assert self.groups is not None
         if isinstance(rows, slice):
             rows = torch.arange(len(self.groups))[rows]
         index = rows.to(self.pictures[0].device)
         self._hold(self.groups[rows.cpu()], [p[index] for p in self.pictures])
         for _, state in self.parts:
             state.select(rows[: self.count])
+
+    def _begin(self, rows: int) -> None:
+        images = len(self.pictures[0])
+        every = [p.repeat(rows // images) for p in self.pictures]
+        self._hold(torch.arange(rows) // images, every)
 
     def _hold(self, groups: Tensor, pictures: list[Tensor]) -> None:
         self.groups, self.pictures = groups, pictures

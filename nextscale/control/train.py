@@ -125,13 +125,16 @@ class ControlledTransformer(nn.Module):
 
     def forward(
         self,
-        inputs: Float[Tensor, "b u c"],
+        inputs: Float[Tensor, "r u c"],
         ids: Tensor,
         maps: Float[Tensor, "b 3 H W"],
         keep: Bool[Tensor, " b"],
         num_scales: int,
-    ) -> Float[Tensor, "b t v"]:
-        """Teacher-forced logits of the first scales; rows without `keep` are the base's."""
+    ) -> Float[Tensor, "r t v"]:
+        """Teacher-forced logits of the first scales.
+
+        Rows without `keep` are the base's, and so are rows beyond the b that have maps.
+        """
         part = attach(self.control, maps, Control(image=None, type=self.control.record.type))
         hooks = ControlHooks(self.transformer, [part], cached=False, keep=keep)
         return self.transformer(inputs, ids=ids, num_scales=num_scales, hooks=hooks)

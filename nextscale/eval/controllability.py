@@ -62,8 +62,30 @@ def control_score(
         return ControlScore(metric, mean_iou(labels(given), labels(found)), None, True)
     scores = PER_PICTURE[metric](given, found)
     error = float(scores.std(ddof=1) / np.sqrt(len(scores))) if len(scores) > 1 else None
-    higher = metric not in ("depth_rmse", "normal_degrees")
-    return ControlScore(metric, float(scores.mean()), error, higher)
+    return ControlScore(metric, float(scores.mean()), error, metric not in ERRORS)
+
+
+def agreement(
+    kind: str, given: Maps, found: Maps, labels: Callable[[Maps], Labels] | None = None
+) -> Float[np.ndarray, " n"]:
+    """The same for each picture, in [0, 1], 1 is perfect.
+
+    Errors e become 1 - e: RMSE in units of 255, normals of 180 degrees; PSNR counts in units of
+    its 100 dB. Pictures have a mIoU of their own here, over the classes in them.
+
+    Args:
+        kind: Control type.
+        given: The control maps.
+        found: Maps of the pictures.
+        labels: segmentation: colours -> classes.
+    """
+    metric = METRIC_OF[kind]
+    if metric == "seg_miou":
+        assert labels is not None
+        pairs = zip(labels(given), labels(found), strict=True)
+        return np.array([mean_iou(a[None], b[None]) for a, b in pairs])
+    scores = PER_PICTURE[metric](given, found) / UNIT.get(metric, 1)
+    return 1 - scores if metric in ERRORS else scores
 
 
 def f1(given: Maps, found: Maps) -> Float[np.ndarray, " n"]:
@@ -129,6 +151,8 @@ PER_PICTURE: Mapping[str, Callable[[Maps, Maps], np.ndarray]] = {
     "normal_degrees": normal_degrees,
     "lowres_psnr": map_psnr,
 }
+ERRORS = ("depth_rmse", "normal_degrees")
+UNIT = {"depth_rmse": 255, "normal_degrees": 180, "lowres_psnr": 100}
 METRIC_OF: Mapping[str, str] = {
     "canny": "canny_f1",
     "scribble": "canny_f1",

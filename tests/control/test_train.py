@@ -16,32 +16,15 @@ from nextscale.control.train import ControlTrainingConfig, scale_shares, train_c
 from nextscale.errors import UserError
 from nextscale.pipeline import NextScalePipeline
 from nextscale.streams import stream
-from nextscale.tokenizers import MultiscaleVQ, TokenizerConfig
-from nextscale.var import ClassConditioner, NextScaleTransformer, TransformerConfig
+from nextscale.var import NextScaleTransformer
 from nextscale.var.lora import base_fingerprint
 
 SMALL = EncoderConfig(width=16, depth=1, heads=2)
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random class-conditional model of 32 x 32 pictures."""
-    folder = tmp_path_factory.mktemp("control") / "model"
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        tokenizer = MultiscaleVQ(
-            TokenizerConfig(
-                scales=(1, 2, 4), codebook_size=16, codebook_dim=8, channels=32,
-                channel_multipliers=(1, 1, 1, 1), num_res_blocks=1,
-            )
-        )  # fmt: skip
-        torch.nn.init.normal_(tokenizer.quantizer.codebook.weight)
-        sizes = TransformerConfig(
-            scales=(1, 2, 4), codebook_size=16, codebook_dim=8, depth=2, width=32, num_heads=2
-        )
-        transformer = NextScaleTransformer(sizes, ClassConditioner(width=32, num_classes=20))
-    NextScalePipeline(tokenizer, transformer).save_pretrained(folder)
-    return folder
+def model(control_base: Path) -> Path:
+    return control_base
 
 
 def config(model: Path, folder: Path, **changes: Any) -> ControlTrainingConfig:

@@ -168,7 +168,7 @@ class B2:
         for group in range(int(rollout.groups.max()) + 1):
             rows = rollout.groups == group
             own = rollout.total[rows]
-            key = str(rollout.prompts[int(rows.nonzero()[0])].condition)
+            key = str(rollout.prompts[int(rows.nonzero()[0])].asked)
             oldest = self._entered - self.settings.history
             past = [entry for entry in self._history.get(key, []) if entry[0] >= oldest]
             known = own.new_tensor([value for _, values in past for value in values])

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from nextscale.align.objectives.kl import categorical_kl
 from nextscale.align.policies.checks import check_branch, evaluating, reference_network
 from nextscale.align.references import Reference
-from nextscale.align.trajectory import Kind, StepEval, Trajectory
+from nextscale.align.trajectory import Kind, StepEval, Trajectory, map_rows, num_rows
 from nextscale.errors import UserError, require
 from nextscale.pipeline import NextScalePipeline
 from nextscale.training import bare
-from nextscale.var import NextScaleTransformer, SamplingConfig, sample
+from nextscale.var import SamplingConfig, sample
 from nextscale.var.filtering import ImageDraws, filter_logits
 
 logger = logging.getLogger(__name__)
@@ -122,19 +122,33 @@ class NextScalePolicy:
         return tuple(self.model.schedule.lengths)
 
     @property
-    def network(self) -> NextScaleTransformer:
+    def network(self) -> nn.Module:
         """The transformer."""
         return self.model
 
-    def encode(self, conditions: Sequence[Any]) -> Tensor:
+    def encode(self, conditions: Sequence[Any]) -> Any:
         """Ids of prompts or class labels, one row each."""
         return self.model.conditioner.tokenize(list(conditions)).to(self.model.device)
+
+    def conditioned(self, conditions: Any) -> dict[str, Any]:
+        """What the sampler is given for some rows of `encode`."""
+        return {"condition": self.model.condition(conditions)}
+
+    def forward(
+        self, network: nn.Module, inputs: Tensor, conditions: Any, num_scales: int, *, null: bool
+    ) -> Float[Tensor, "r u v"]:
+        """Teacher-forced logits of rows of `encode`, then, if asked for, without condition."""
+        ids = conditions
+        if null:
+            ids = torch.cat([ids, self.model.conditioner.null(len(ids)).to(ids)])
+            inputs = inputs.repeat(2, 1, 1)
+        return network(inputs, ids=ids, num_scales=num_scales)
 
     # ---- drawing -----------------------------------------------------------------------------
 
     def sample(
         self,
-        conditions: Tensor,
+        conditions: Any,
         *,
         generators: Sequence[torch.Generator],
         deterministic: bool = False,
@@ -187,22 +201,22 @@ class NextScalePolicy:
     @torch.no_grad()
     def _draw(
         self,
-        conditions: Tensor,
+        conditions: Any,
         generators: Sequence[torch.Generator],
         prefix: Tensor | None,
         branches: int,
         deterministic: bool,
         offset: Tensor | None = None,
     ) -> Trajectory:
-        if len(generators) != len(conditions) * branches:
-            raise UserError(
-                f"{len(generators)} generators for {len(conditions) * branches} samples"
-            )
+        count = num_rows(conditions)
+        if len(generators) != count * branches:
+            raise UserError(f"{len(generators)} generators for {count * branches} samples")
         parts = []
         size = max(1, self.batch_size // branches)
         with evaluating(self.model), self._precision():
-            for start in range(0, len(conditions), size):
+            for start in range(0, count, size):
                 rows = slice(start, start + size)
+                part = map_rows(conditions, lambda tensor, rows=rows: tensor[rows])
                 draw = ImageDraws(
                     generators[start * branches : (start + size) * branches],
                     self.model.schedule.lengths,
@@ -210,16 +224,16 @@ class NextScalePolicy:
                 steps = sample(
                     self.model,
                     self.tokenizer,
-                    self.model.condition(conditions[rows]),
-                    replace(self.settings, top_k=1) if deterministic else self.settings,
+                    config=replace(self.settings, top_k=1) if deterministic else self.settings,
                     draw=draw,
                     prefix=None if prefix is None else prefix[rows],
                     offset=None if offset is None else offset[rows],
                     branches=branches,
+                    **self.conditioned(part),
                 )
                 drawn = [(step.tokens, self._step_logp(step)) for step in steps]
                 actions, logps = (list(column) for column in zip(*drawn, strict=True))
-                parts.append(self._trajectory(conditions[rows], actions, logps, branches))
+                parts.append(self._trajectory(part, actions, logps, branches))
         return Trajectory.cat(parts)
 
     def _step_logp(self, step: Any) -> Tensor:
@@ -237,11 +251,11 @@ class NextScalePolicy:
         return logits
 
     def _trajectory(
-        self, ids: Tensor, actions: list[Tensor], logps: list[Tensor], repeats: int = 1
+        self, conditions: Any, actions: list[Tensor], logps: list[Tensor], repeats: int = 1
     ) -> Trajectory:
         return Trajectory(
             kind="categorical",
-            conditions=ids.repeat_interleave(repeats, 0),
+            conditions=map_rows(conditions, lambda rows: rows.repeat_interleave(repeats, 0)),
             actions=actions,
             logps=logps,
             stochastic=(True,) * self.num_steps,
@@ -290,27 +304,22 @@ class NextScalePolicy:
 
     def logits(
         self,
-        ids: Tensor,
+        conditions: Any,
         tokens: Int[Tensor, "b t"],
         num_scales: int,
         space: LogpSpace,
         network: nn.Module | None = None,
     ) -> Float[Tensor, "b u v"]:
         """The policy's logits of the first `num_scales` scales, teacher-forced."""
-        network = self.model if network is None else network
+        network = self.network if network is None else network
         schedule = self.model.schedule
         length = schedule.slices[num_scales - 1].stop
         inputs = self.tokenizer.teacher_inputs(tokens)[:, : length - schedule.lengths[0]]
         space_of = self.distribution
         guided = space != "conditional" and any(g != 1 for g in space_of.guidance)
         with evaluating(bare(network)):
-            if guided:
-                null = self.model.conditioner.null(len(ids)).to(ids)
-                both = torch.cat([ids, null])
-                out = network(inputs.repeat(2, 1, 1), ids=both, num_scales=num_scales)
-                conditional, unconditional = out.chunk(2)
-            else:
-                conditional = unconditional = network(inputs, ids=ids, num_scales=num_scales)
+            out = self.forward(network, inputs, conditions, num_scales, null=guided)
+        conditional, unconditional = out.chunk(2) if guided else (out, out)
         if space == "conditional":
             return conditional
         index = schedule.scale_index()[:length].to(tokens.device)
@@ -346,7 +355,7 @@ class NextScalePolicy:
 
     def reference(self) -> contextlib.AbstractContextManager[nn.Module]:
         """The frozen network to compare with; see `Policy.reference`."""
-        return reference_network(self.baseline, self.model)
+        return reference_network(self.baseline, self.network)
 
     # ---- pictures ----------------------------------------------------------------------------
 
@@ -359,7 +368,7 @@ class NextScalePolicy:
         return (torch.cat(parts).float() + 1) / 2
 
     @torch.no_grad()
-    def trajectory_of(self, images: Float[Tensor, "b 3 H W"], conditions: Tensor) -> Trajectory:
+    def trajectory_of(self, images: Float[Tensor, "b 3 H W"], conditions: Any) -> Trajectory:
         """The tokens of given pictures; their log-probabilities are not known and stay NaN."""
         tokens = self.tokenizer.encode(images.to(self.model.device) * 2 - 1)
         actions = self.model.schedule.split(tokens)

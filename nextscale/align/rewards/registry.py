@@ -71,6 +71,7 @@ def open_reward(
     | frechet_instance:EXEMPLARS | the same of each picture alone |
     | frechet_clip:EXEMPLARS[@MODEL] | the set reward in CLIP's space: also exemplar texts |
     | frechet_clip_instance:EXEMPLARS[@MODEL] | the same of each picture alone |
+    | control_consistency:TYPE[:SOURCE] | agreement with the control map, by an extractor |
     | vendi | set reward: diversity in the bundled features |
     | pickscore, hpsv2, imagereward, aesthetic[:FILE] | preference models |
     | ocr[:PACKAGE] | share of the quoted text that is read in the picture |
@@ -180,6 +181,12 @@ def _frechet_clip_instance(argument: str | None, opening: Opening) -> AnyReward:
     return instance_frechet_reward(_frechet_clip(argument, opening), "frechet_clip_instance")
 
 
+def _consistency(argument: str | None, opening: Opening) -> AnyReward:
+    from nextscale.align.rewards.control import consistency_reward
+
+    return consistency_reward(_needed("control_consistency", argument, "a type, such as canny"))
+
+
 def _vendi(argument: str | None, opening: Opening) -> AnyReward:
     from nextscale.align.rewards.distribution import VendiReward, features_by
     from nextscale.eval.feature_network import small_features
@@ -216,6 +223,7 @@ REWARDS: dict[str, Factory] = {
     "frechet_instance": _frechet_instance,
     "frechet_clip": _frechet_clip,
     "frechet_clip_instance": _frechet_clip_instance,
+    "control_consistency": _consistency,
     "vendi": _vendi,
     "pickscore": _preference("pickscore", (-100.0, 100.0)),
     "hpsv2": _preference("hpsv2", (-1.0, 1.0)),

@@ -9,6 +9,7 @@ import math
 import time
 import urllib.request
 from collections.abc import Sequence
+from dataclasses import asdict
 from http.client import HTTPException
 from typing import Any
 from urllib.error import HTTPError
@@ -83,7 +84,7 @@ def _body(images: Tensor, prompts: Prompts, metadata: Metadata, name: str) -> by
     pictures = [base64.b64encode(png(image)).decode() for image in images]
     content = {"images": pictures, "prompts": list(prompts), "metadata": list(metadata)}
     try:
-        return json.dumps(content).encode()
+        return json.dumps(content, default=asdict).encode()
     except (TypeError, ValueError) as error:
         raise UserError(
             f'the reward "{name}" sends metadata as JSON, and this holds something else: {error}',
