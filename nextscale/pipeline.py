@@ -225,20 +225,24 @@ class NextScalePipeline:
     # ---- adapters ----------------------------------------------------------------------------
 
     def load_lora(self, path: str | Path, scale: float = 1.0) -> None:
-        """Add a LoRA to the transformer (trained by `nextscale train var --lora_rank`).
+        """Add a LoRA, or differences of weights, to the transformer.
 
         Args:
-            path: Folder with adapter_config.json and adapter_model.safetensors.
+            path: Folder with adapter_config.json and adapter_model.safetensors, of `nextscale train
+                var --lora_rank`, `nextscale align` or `nextscale erase`.
             scale: Strength; 0 is the base model.
 
         Raises:
             UserError: If it was trained on another base (by fingerprint), or one is loaded already.
         """
+        from nextscale.var import delta
         from nextscale.var.lora import load_lora
 
         if self._lora is not None:
             raise UserError("a LoRA is loaded; call unload_lora() first")
-        self._lora = load_lora(self.transformer, path, scale)
+        about = storage.read_json(Path(path) / "adapter_config.json")
+        is_delta = isinstance(about, dict) and about.get("class") == delta.KIND
+        self._lora = (delta.load_delta if is_delta else load_lora)(self.transformer, path, scale)
 
     def unload_lora(self) -> None:
         """Take the LoRA off; the weights are the base's again."""

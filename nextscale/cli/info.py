@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from nextscale import __version__, storage
@@ -104,6 +105,11 @@ def _model(name: str, output: Output) -> None:
         "transformer parameters": _parameters(files.folder / "transformer"),
         "takes": ("prompts" if files.takes_prompts else "class_labels") + f" ({kind}{classes})",
         **{f"default {k}": v for k, v in files.generation.items()},
+        **{
+            f"control {folder.name}": _control(folder)
+            for folder in sorted(files.folder.glob("controls/*"))
+            if folder.is_dir()
+        },
         "card": str(card) if card.exists() else None,
         **{
             f"sha256 {part}": storage.file_sha256(files.folder / part / "model.safetensors")
@@ -120,6 +126,19 @@ def _model(name: str, output: Output) -> None:
     output.figures(facts)
     if grammar is not None:
         output.say(grammar)
+
+
+def _control(folder: Path) -> str:
+    """A control module in a line."""
+    values = storage.read_config(folder / "config.json", 1, "ControlModule")
+    record = values["record"]
+    made_by = record["extractor"]
+    settings = ", ".join(f"{k} {v}" for k, v in made_by.get("settings", {}).items())
+    return (
+        f"{values['architecture']}, {_parameters(folder)}; maps by {made_by.get('name', '?')}"
+        + (f" ({settings})" if settings else "")
+        + f", {made_by.get('polarity', '?')}"
+    )
 
 
 def _checker(count: int, output: Output) -> None:

@@ -181,9 +181,15 @@ class NextScaleTransformer(nn.Module):
                 x = hooks.after_block(i, where, x, prepared)
         return x
 
+    def features(
+        self, hidden: Float[Tensor, "b t d"], prepared: Prepared
+    ) -> Float[Tensor, "b t d"]:
+        """The head's input, float32: the modulated norm of hidden states."""
+        return modulated_norm(hidden.float(), *prepared.head)
+
     def logits(self, hidden: Float[Tensor, "b t d"], prepared: Prepared) -> Float[Tensor, "b t v"]:
         """The head: float32 logits of hidden states."""
-        y = modulated_norm(hidden.float(), *prepared.head)
+        y = self.features(hidden, prepared)
         return self.head(y.to(self.head.weight.dtype)).float()
 
     def forward(
@@ -195,6 +201,7 @@ class NextScaleTransformer(nn.Module):
         ids: Tensor | None = None,
         num_scales: int | None = None,
         hooks: BlockHooks | None = None,
+        features: bool = False,
     ) -> Float[Tensor, "b t v"]:
         """Teacher-forced logits of all scales.
 
@@ -208,6 +215,7 @@ class NextScaleTransformer(nn.Module):
             ids: ids from the conditioner's `tokenize`.
             num_scales: Only the first so many scales (progressive training).
             hooks: Control.
+            features: Return what enters the head instead, [B, L, d].
 
         Returns:
             float32 [B, L, V].
@@ -231,7 +239,8 @@ class NextScaleTransformer(nn.Module):
         if torch.is_grad_enabled() and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         mask = self._mask[where, where]  # pyright: ignore[reportIndexIssue]
-        return self.logits(self.run(x, prepared, where=where, mask=mask, hooks=hooks), prepared)
+        hidden = self.run(x, prepared, where=where, mask=mask, hooks=hooks)
+        return (self.features if features else self.logits)(hidden, prepared)
 
     def new_cache(self, batch: int) -> KeyValueCache:
         """An empty cache for `batch` rows."""

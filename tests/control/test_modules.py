@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nextscale.control import (
@@ -25,10 +26,20 @@ from nextscale.control import (
 )
 from nextscale.control.encoder import EncoderConfig
 from nextscale.control.module import ControlConfig, check_base, evenly
+from nextscale.control.train import ControlledTransformer
 from nextscale.errors import UserError
 from nextscale.tokenizers import MultiscaleVQ
-from nextscale.var import NextScaleTransformer, SamplingConfig, ScaleStep, sample
+from nextscale.var import (
+    ClassConditioner,
+    NextScaleTransformer,
+    SamplingConfig,
+    ScaleStep,
+    TransformerConfig,
+    sample,
+)
 from nextscale.var.lora import base_fingerprint
+from nextscale.var.official import to_official
+from nextscale.var.transformer import initialize
 
 ENCODER = EncoderConfig(width=16, depth=1, heads=2)
 KINDS: dict[str, ControlConfig] = {
@@ -446,6 +457,39 @@ def test_another_base_is_refused(
 def test_bad_settings_are_refused(control: dict[str, Any], message: str, build: Build) -> None:
     with pytest.raises(UserError, match=message):
         attach(build("additive"), MAPS, Control(image=None, type="canny", **control))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@every_kind
+def test_a_released_model_takes_a_module(kind: str, dtype: torch.dtype) -> None:
+    """The released scales, codebook and head size, read from the released format, at depth 2."""
+    sizes = TransformerConfig(depth=2)
+    conditioner = ClassConditioner(width=sizes.resolved_width, num_classes=1000)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = NextScaleTransformer(sizes, conditioner)
+        initialize(made)
+        base = NextScaleTransformer.from_official(to_official(made)).requires_grad_(False)
+        record = ControlRecord(type="canny", resolution=(256, 256), base_fingerprint="")
+        module = build_control(KINDS[kind], base.config, record)
+        tokens = torch.randint(sizes.codebook_size, (2, base.schedule.num_tokens))
+        inputs = torch.randn(2, base.schedule.num_tokens - 1, sizes.codebook_dim)
+    maps, keep = torch.rand(2, 3, 256, 256), torch.tensor([True, True])
+    both = ControlledTransformer(base, module)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(3):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            logits = both(inputs, torch.tensor([3, 7]), maps, keep, base.schedule.num_scales)
+        loss = F.cross_entropy(logits.transpose(1, 2).float(), tokens)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[2] < losses[0]
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is not None, name
+        assert bool(parameter.grad.isfinite().all()), name
 
 
 def test_sites_are_spread_evenly() -> None:

@@ -1,0 +1,217 @@
+"""Control modules on the bundled model, side by side: do pictures follow their maps, at what cost?
+
+    python benchmarks/control.py --suite modules
+
+Suites: `modules` trains additive control (base frozen, and base trained too), adapters and a side
+network for each control type; `early` compares early-centric training with full training.
+
+Each run is the recipe of its control type cut to --steps steps of 32 pictures, in a process of its
+own, then `nextscale eval --preset control` on held-out pictures that no run has seen. Runs in the
+results are not run again, nor those in --output_dir. Writes benchmarks/results/control_SUITE.json
+and, of the first seed, a strip of pictures, docs/images/control_modules.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from control_overhead import Multiplications
+from sampling import _cpu_name
+
+from nextscale import storage
+from nextscale.control import open_extractor
+from nextscale.data.sources import open_source
+from nextscale.pipeline import NextScalePipeline
+from nextscale.training import save_grid
+
+TYPES = ("canny", "segmentation", "depth")
+SUITES: dict[str, dict[str, str]] = {
+    "modules": {
+        "additive": "--architecture additive",
+        "additive, base trained": "--architecture additive --unfreeze all",
+        "adapter": "--architecture adapter",
+        "side network": "--architecture side_network",
+    },
+    "early": {
+        "all scales": "--architecture additive",
+        "early-centric": "--architecture additive --early_decay 1 --max_train_steps EARLY",
+    },
+}
+EARLY = 1.6  # times the steps: with a token share of 0.35, 0.56 of the tokens
+SHOWN = 2  # pictures of each type in the strip
+
+
+def run(command: list[str], log: Path) -> None:
+    """A command; its output goes to a file."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as file:
+        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
+    if status:
+        raise SystemExit(f"{' '.join(command)}\nfailed; see {log}")
+
+
+def train_flags(row: str, kind: str, seed: int, options: argparse.Namespace) -> list[str]:
+    """The command behind `nextscale train control`; what the row says comes last and holds."""
+    flags = ["--config", f"scenes-{kind}", "--seed", str(seed), "--logging_steps", "20"]
+    flags += ["--max_train_steps", str(options.steps), "--report_to", "none"]
+    return [*flags, *row.replace("EARLY", str(int(EARLY * options.steps))).split()]
+
+
+def eval_flags(folder: Path, kind: str, options: argparse.Namespace) -> list[str]:
+    """The command behind `nextscale eval`."""
+    whole = (folder / "model" / "model_index.json").is_file()
+    model = str(folder / "model") if whole else "scenes"
+    given = [] if whole else ["--control", str(folder)]
+    return [
+        *("--preset", "control", "--model", model, *given, "--control_type", kind),
+        *("--num_images", str(options.images), "--num_reference", "2000"),
+        *("--output", str(folder / "eval.json")),
+    ]
+
+
+def opened(folder: Path, kind: str) -> NextScalePipeline:
+    """The pipeline of a run, with its control."""
+    whole = (folder / "model" / "model_index.json").is_file()
+    pipe = NextScalePipeline.from_pretrained(folder / "model" if whole else "scenes")
+    if not whole:
+        pipe.load_control(folder, kind)
+    return pipe
+
+
+def cost(folder: Path, kind: str) -> dict[str, float]:
+    """Of a call with control beside one without: time, and multiplications, encoder included."""
+    pipe = opened(folder, kind)
+    prompts = ["a red circle left of a blue square"] * 8
+    given: dict[str, Any] = {"num_candidates": 1, "seed": 0, "output_type": "pt"}
+    controls = {"control_image": torch.zeros(3, 64, 64), "control_type": kind}
+    times: dict[bool, list[float]] = {False: [], True: []}
+    counts = {}
+    for _ in range(6):
+        for controlled, seconds in times.items():
+            with Multiplications() as counter:
+                start = time.perf_counter()
+                pipe(prompts, **given, **(controls if controlled else {}))
+                seconds.append(time.perf_counter() - start)
+            counts[controlled] = counter.count
+    plain, more = (statistics.median(times[c][1:]) for c in (False, True))
+    module = pipe.control(kind)
+    encoder = sum(p.numel() for p in module.encoder.parameters())
+    return {
+        "module_parameters": sum(p.numel() for p in module.parameters()),
+        "of_these_encoder": encoder,
+        "extra_time": more / plain - 1,
+        "extra_milliseconds_per_picture": 1000 * (more - plain) / len(prompts),
+        "extra_multiplications": counts[True] / counts[False] - 1,
+    }
+
+
+def read(folder: Path, kind: str) -> dict[str, Any]:
+    """What the table shows of a run."""
+    record = json.loads((folder / "eval.json").read_text())
+    entry = record["controls"][kind]
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    logged = [line for line in lines if "tokens" in line]
+    images = logged[-1]["images"]
+    found = {side: entry[side] for side in ("floor", "control", "reconstruction", "real")}
+    return {
+        "metric": entry["control"]["metric"],
+        **{side: value["value"] for side, value in found.items()},
+        "control_se": entry["control"]["se"],
+        "gap_closed": entry["gap_closed"],
+        "quality": {"floor": record["floor"], "control": entry["quality"]},
+        "minutes": logged[-1]["seconds"] / 60,
+        "images": images,
+        "tokens": images * statistics.mean(line["tokens"] for line in logged),
+        **cost(folder, kind),
+    }
+
+
+def strip(rows: list[str], folders: dict[tuple[str, str], Path], path: Path) -> None:
+    """Rows: pictures; columns: map, without control, each module, the real picture."""
+    tiles, captions = [], []
+    source = open_source("scenes", resolution=64, split="validation")
+    batch = source.load(np.arange(SHOWN * len(TYPES)))
+    for number, kind in enumerate(TYPES):
+        own = slice(number * SHOWN, (number + 1) * SHOWN)
+        real = batch.images[own]
+        maps = torch.from_numpy(open_extractor(kind)(real.permute(0, 2, 3, 1).numpy()))
+        assert batch.captions is not None
+        given: dict[str, Any] = {"seed": 0, "num_candidates": 1, "output_type": "pt"}
+        base = NextScalePipeline.from_pretrained("scenes")
+        columns = [maps, base(batch.captions[own], **given).images]
+        for name in rows:
+            pipe = opened(folders[name, kind], kind)
+            controls = {"control_image": maps, "control_type": kind}
+            columns.append(pipe(batch.captions[own], **given, **controls).images)
+        columns.append(real.float() / 255)
+        tiles += [column[i] for i in range(SHOWN) for column in columns]
+        captions += [kind, "no control", *rows, "real"] * SHOWN
+    save_grid(torch.stack(tiles), path, columns=len(rows) + 3, captions=captions)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--suite", default="modules", choices=list(SUITES))
+    parser.add_argument("--rows", nargs="+", help="some rows of the suite; otherwise all")
+    parser.add_argument("--types", nargs="+", default=None, choices=TYPES)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 100_000, 200_000])
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--images", type=int, default=200, help="held-out pictures")
+    parser.add_argument("--output_dir", default="runs/control")
+    parser.add_argument("--output", help="otherwise benchmarks/results/control_SUITE.json")
+    parser.add_argument("--strip", default="docs/images/control_modules.png")
+    options = parser.parse_args()
+    suite = SUITES[options.suite]
+    names = options.rows or list(suite)
+    kinds = options.types or (TYPES if options.suite == "modules" else TYPES[:1])
+    output = Path(options.output or f"benchmarks/results/control_{options.suite}.json")
+    table: dict[str, Any] = json.loads(output.read_text())["rows"] if output.is_file() else {}
+    for seed in options.seeds:
+        for kind in kinds:
+            for name in names:
+                flags = train_flags(suite[name], kind, seed, options)
+                command = f"nextscale train control {' '.join(flags)}"
+                runs = table.setdefault(name, {}).setdefault(kind, {})
+                if runs.get(str(seed), {}).get("command") == command:
+                    continue
+                folder = folder_of(name, kind, seed, options)
+                nextscale = [sys.executable, "-m", "nextscale"]
+                if not (folder / "eval.json").is_file():
+                    train = [*nextscale, "train", "control", *flags, "--output_dir", str(folder)]
+                    run(train, folder / "train.log")
+                    run([*nextscale, "eval", *eval_flags(folder, kind, options)], folder / "e.log")
+                runs[str(seed)] = {"command": command, **read(folder, kind)}
+                print(name, kind, seed, json.dumps(runs[str(seed)]), flush=True)
+                result = {
+                    "command": f"python benchmarks/control.py --suite {options.suite} "
+                    f"--steps {options.steps} --images {options.images}",
+                    "hardware": _cpu_name(),
+                    "threads": int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())),
+                    "versions": {"torch": version("torch")},
+                    "rows": table,
+                }
+                storage.write_json(output, result)
+    folders = {(n, k): folder_of(n, k, options.seeds[0], options) for n in names for k in TYPES}
+    if options.suite == "modules" and all(f.is_dir() for f in folders.values()):
+        strip(names, folders, Path(options.strip))
+
+
+def folder_of(name: str, kind: str, seed: int, options: argparse.Namespace) -> Path:
+    """Where a run lies."""
+    words = f"{options.suite} {name} {kind} {seed}".replace(",", "").replace(" ", "_")
+    return Path(options.output_dir, words)
+
+
+if __name__ == "__main__":
+    main()

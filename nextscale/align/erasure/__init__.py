@@ -1,0 +1,1 @@
+"""Taking concepts out of a next-scale model."""
