@@ -26,6 +26,7 @@ COMMANDS = {
     "train clip": ("train", "a small CLIP, to score captions with"),
     "train diffusion": ("train", "a small diffusion model, to align with rewards"),
     "align": ("align", "fine-tune a generator by rewards: GRPO, DPO, RAFT"),
+    "erase": ("erase", "take a concept out of a model, with a report of what is left"),
     "encode": ("encode", "images -> token maps, once for many trainings"),
     "extract": ("extract", "images -> control maps: edges, depth, segmentation, ..."),
     "reconstruct": ("reconstruct", "images -> tokens -> images: PSNR and codebook usage"),

@@ -17,6 +17,7 @@ from nextscale.errors import UserError
 
 _BATCH = 1000
 _MOST = 40_000  # captions that are looked through
+_HELD_OUT_SEED = 10_000
 
 
 @dataclass(frozen=True)
@@ -67,23 +68,34 @@ def scene_pairs(concept: SceneConcept, count: int, *, seed: int = 0) -> list[Con
     )
 
 
-def held_out_captions(concept: SceneConcept, count: int, taken: Iterable[str]) -> list[str]:
-    """Captions with the concept that no pair has: those of the benchmarks, then others.
+def held_out_pairs(
+    concept: SceneConcept, count: int, taken: Iterable[ConceptPair], *, seed: int = 0
+) -> list[ConceptPair]:
+    """Pairs with the concept whose originals no training pair has: benchmarks', then others.
 
     Args:
         concept: What is erased.
         count: At most so many.
-        taken: Captions of the pairs.
+        taken: The training pairs.
+        seed: Of the replacements.
     """
-    known = set(taken)
+    rng = np.random.Generator(np.random.Philox(key=[seed, 2]))
+    known = {pair.original for pair in taken}
     every = [
         text for name in BENCHMARKS if name != "compositional" for text in load_benchmark(name)
     ]
-    own = dict.fromkeys(c for c in every if concept.in_caption(parse(c)) and c not in known)
-    if len(own) < count:
-        more = scene_pairs(concept, count + len(known), seed=10_000)
-        own |= dict.fromkeys(str(p.original) for p in more if p.original not in known)
-    return list(own)[:count]
+    found: dict[str, ConceptPair] = {}
+    for text in dict.fromkeys(every):
+        caption = parse(text)
+        if text in known or not concept.in_caption(caption):
+            continue
+        changed = concept.replaced(caption, rng)
+        if changed is not None:
+            found[text] = ConceptPair(text, str(changed[0]), concept.name, changed[1])
+    if len(found) < count:
+        more = scene_pairs(concept, count + len(known), seed=_HELD_OUT_SEED)
+        found |= {str(p.original): p for p in more if p.original not in known}
+    return list(found.values())[:count]
 
 
 def read_pairs(path: str | Path, *, num_classes: int | None = None) -> list[ConceptPair]:

@@ -27,6 +27,7 @@ from nextscale.align.erasure.losses import (
     window_means,
 )
 from nextscale.align.erasure.pairs import ConceptPair, read_pairs, scene_pairs, write_pairs
+from nextscale.align.erasure.report import open_report
 from nextscale.align.erasure.windows import last_scale, token_windows
 from nextscale.align.objectives.d2o import d2o_loss
 from nextscale.align.prompts import open_prompts
@@ -59,12 +60,14 @@ class EraseResult:
         pipe: The edited model.
         counts: Pictures drawn, showing the concept, and kept.
         pairs: Those that were trained on.
+        report: What was measured; None: switched off, or no scenes model.
     """
 
     fit: FitResult | None
     pipe: NextScalePipeline
     counts: dict[str, int]
     pairs: list[ConceptPair]
+    report: dict[str, Any] | None
 
 
 def erase(config: EraseConfig, *, progress: bool = True) -> EraseResult:
@@ -88,6 +91,9 @@ def erase(config: EraseConfig, *, progress: bool = True) -> EraseResult:
         progress=progress,
     )
     retain = _retain(config, pipe, drawn.pairs)
+    report = None
+    if config.num_eval_prompts and recognise is not None and processes.is_main():
+        report = open_report(config, pipe, drawn.pairs, recognise, progress=progress)
     folder = Path(config.output_dir)
     settings: dict[str, Any] = {"method": config.method, "concepts": list(config.concepts)}
     if config.method in CLOSED_FORM:
@@ -105,7 +111,11 @@ def erase(config: EraseConfig, *, progress: bool = True) -> EraseResult:
         result = _train(config, pipe, drawn, retain, fingerprint, settings, progress)
     if processes.is_main():
         write_pairs(folder / "pairs.jsonl", list(dict.fromkeys(drawn.pairs)))
-    return EraseResult(result, pipe, drawn.counts, drawn.pairs)
+    record = None
+    if report is not None:
+        base = NextScalePipeline.from_pretrained(config.model, dtype="float32")
+        record = report.finish(base, pipe)
+    return EraseResult(result, pipe, drawn.counts, drawn.pairs, record)
 
 
 # ---- pairs -----------------------------------------------------------------------------------

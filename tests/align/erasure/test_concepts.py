@@ -10,7 +10,7 @@ import pytest
 from nextscale.align.erasure.concepts import scene_concept, split_captions
 from nextscale.align.erasure.pairs import (
     ConceptPair,
-    held_out_captions,
+    held_out_pairs,
     read_pairs,
     scene_pairs,
     write_pairs,
@@ -106,10 +106,12 @@ def test_pairs_are_many_and_apart_from_what_is_measured(name: str) -> None:
     assert pairs != scene_pairs(concept, 40, seed=1)
     benchmarks = {c for b in ("standard", "compositional", "hard") for c in load_benchmark(b)}
     assert not benchmarks & {pair.original for pair in pairs}
-    held_out = held_out_captions(concept, 60, (str(pair.original) for pair in pairs))
+    held_out = held_out_pairs(concept, 60, pairs)
     assert len(held_out) == 60
-    assert not set(held_out) & {pair.original for pair in pairs}
-    assert all(concept.in_caption(parse(caption)) for caption in held_out)
+    assert not {p.original for p in held_out} & {p.original for p in pairs}
+    for pair in held_out:
+        assert concept.in_caption(parse(str(pair.original)))
+        assert not concept.in_caption(parse(str(pair.modified)))
 
 
 def test_pairs_on_disk(tmp_path: Path) -> None:
