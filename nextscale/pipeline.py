@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -20,6 +21,7 @@ from nextscale.streams import candidate_seeds, image_seeds
 from nextscale.tokenizers import MultiscaleVQ
 from nextscale.var import NextScaleTransformer, SamplingConfig, ScaleStep, sample
 from nextscale.var.editing import box_mask, keep_tokens
+from nextscale.var.lora import base_fingerprint
 from nextscale.var.model_folder import read_generation, save_model
 from nextscale.var.sampling import Forcing
 
@@ -77,6 +79,7 @@ class NextScalePipeline:
         self.generation = generation or SamplingConfig()
         self._lora: Any = None
         self._controls: dict[str, ControlModule | Path] = {}  # a folder until it is used
+        self._fingerprint: str | None = None  # of the base, where its weights no longer show it
 
     def __repr__(self) -> str:
         millions = sum(p.numel() for p in self.transformer.parameters()) / 1e6
@@ -121,6 +124,8 @@ class NextScalePipeline:
             read_generation(folder),
         )
         pipe._controls |= {f.name: f for f in sorted(folder.glob("controls/*")) if f.is_dir()}
+        if pipe._controls and dtype in ("float16", torch.float16):
+            pipe._fingerprint = base_fingerprint(pipe.transformer)
         return pipe._place(device, dtype)
 
     @classmethod
@@ -162,7 +167,12 @@ class NextScalePipeline:
         """
         if self._lora is not None:
             raise UserError("a LoRA is loaded; call fuse_lora() or unload_lora() before saving")
-        controls = {name: self.control(name) for name in self._controls}  # before it is replaced
+        # Before the folder is replaced. They belong to the weights as they are saved.
+        controls = {name: copy.copy(self.control(name)) for name in self._controls}
+        if controls:
+            stamp = base_fingerprint(self.transformer, dtype)
+            for module in controls.values():
+                module.record = replace(module.record, base_fingerprint=stamp)
         save_model(folder, self.tokenizer, self.transformer, self.generation, controls, dtype=dtype)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
@@ -240,6 +250,7 @@ class NextScalePipeline:
 
         if self._lora is not None:
             raise UserError("a LoRA is loaded; call unload_lora() first")
+        self._fingerprint = self._base()
         about = storage.read_json(Path(path) / "adapter_config.json")
         is_delta = isinstance(about, dict) and about.get("class") == delta.KIND
         self._lora = (delta.load_delta if is_delta else load_lora)(self.transformer, path, scale)
@@ -279,6 +290,11 @@ class NextScalePipeline:
 
         folder = storage.resolve_model(path)
         inside = folder / "model"  # of a training run
+        for place in (inside, folder):
+            if (place / "model_index.json").is_file():
+                raise UserError(
+                    f"{path} holds a whole model, whose base was trained too: open it as the model"
+                )
         module = read_control(inside if (inside / "config.json").is_file() else folder)
         return self.add_control(module.requires_grad_(False), name)
 
@@ -313,12 +329,20 @@ class NextScalePipeline:
             self._controls[name] = found
         return found
 
+    def _base(self) -> str:
+        """Fingerprint of the base weights."""
+        if self._fingerprint is None and self.dtype == torch.float16:
+            raise UserError(
+                "a LoRA or control is put on a base in float32 or bfloat16, because float16 "
+                "rounds what it is known by: load the model in one of these, and cast it afterwards"
+            )
+        return self._fingerprint or base_fingerprint(self.transformer)
+
     def _fitting(self, module: ControlModule) -> ControlModule:
         """A module of this base, on its device."""
         from nextscale.control.module import check_base
-        from nextscale.var.lora import base_fingerprint
 
-        check_base(module, self.transformer, base_fingerprint(self.transformer))
+        check_base(module, self.transformer, self._base())
         return module.to(self.device, self.dtype)
 
     # ---- generation --------------------------------------------------------------------------
@@ -344,7 +368,7 @@ class NextScalePipeline:
         control_image: Any = None,
         control_type: str | list[str] | None = None,
         control_scale: Any = None,
-        controls: Sequence[Control] | None = None,
+        controls: Sequence[Control | Attached] | None = None,
         control_guidance_scale: float | tuple[float, ...] | None = None,
         control_in_negative: bool | None = None,
         seed: int | Sequence[int] | None = None,
@@ -383,7 +407,8 @@ class NextScalePipeline:
             control_type: Name of the control module (see `controls` of the pipeline): canny, ...
             control_scale: Strength: one number or one per scale; 1 as trained, 0 is off.
             controls: Instead of the three: `nextscale.control.Control`, for ranges of scales,
-                strength by block or place, and guess mode (which needs no prompt).
+                strength by block or place, and guess mode (which needs no prompt); or what
+                `nextscale.control.attach` made of one, to encode its map once for many calls.
             control_guidance_scale: Guidance of control apart from that of the prompt.
             control_in_negative: Control on both sides of guidance.
             seed: Image i draws from `seed + i`, or from its own of a list; None: random, see
@@ -404,6 +429,8 @@ class NextScalePipeline:
         """
         if unknown:
             raise TypeError(_explain_unknown(unknown))
+        if controls is not None and (control_image is not None or control_type is not None):
+            raise UserError("pass controls, or control_image and control_type, not both")
         if controls is None and (control_image is not None or control_type is not None):
             from nextscale.control.maps import as_controls
 
@@ -432,6 +459,12 @@ class NextScalePipeline:
         prompts, count = len(ids), len(ids) * num_images_per_prompt
         seeds = image_seeds(seed, generator, count)
         attached = self._attach(controls, prompts, num_images_per_prompt)
+        if not attached:
+            _refuse_without_control(
+                control_scale=control_scale,
+                control_guidance_scale=control_guidance_scale,
+                control_in_negative=control_in_negative,
+            )
         ids = ids.repeat_interleave(num_images_per_prompt, 0)
         negative_ids = self._negative(negative_prompt, prompts, num_images_per_prompt)
         each = 1 if start is None or len(start) == count else settings.num_candidates
@@ -502,7 +535,9 @@ class NextScalePipeline:
         negative = None if negative_ids is None else model.condition(negative_ids)
         name = "offset" if start is not None and start.is_floating_point() else "prefix"
         given: dict[str, Any] = {name: None if start is None else start.to(self.device)}
-        if controls:
+        if not controls:  # the model's own settings may have some for its controls
+            settings = replace(settings, control_guidance_scale=None, control_in_negative=False)
+        else:
             from nextscale.control import ControlHooks
 
             both = settings.control_in_negative
@@ -597,7 +632,7 @@ class NextScalePipeline:
         if start is not None and not start.is_floating_point():
             parts.append(start.to(self.device))
             if each > 1 and not shared:
-                scores.append(self._prefix_score(ids, parts[0]))
+                scores.append(self._prefix_score(ids, parts[0], [c[rows] for c in controls]))
         for step in steps:
             parts.append(step.tokens)
             latents = [*(latents if every_scale else ()), step.f_hat]
@@ -613,12 +648,20 @@ class NextScalePipeline:
         kept = torch.arange(len(best), device=best.device) * each + best
         return tokens[kept], [f_hat[kept] for f_hat in latents]
 
-    def _prefix_score(self, ids: Tensor, prefix: Int[Tensor, "b p"]) -> Float[Tensor, " b"]:
+    def _prefix_score(
+        self, ids: Tensor, prefix: Int[Tensor, "b p"], controls: Sequence[Attached]
+    ) -> Float[Tensor, " b"]:
         """Conditional log-probability of the tokens of the first scales."""
+        hooks = None
+        if controls:
+            from nextscale.control import ControlHooks
+
+            hooks = ControlHooks(self.transformer, controls, cached=False)
         lengths = self.tokenizer.schedule.lengths
         padded = torch.nn.functional.pad(prefix, (0, sum(lengths) - prefix.shape[1]))
         inputs = self.tokenizer.teacher_inputs(padded)[:, : prefix.shape[1] - lengths[0]]
-        logits = self.transformer(inputs, ids=ids, num_scales=self.given_scales(prefix))
+        count = self.given_scales(prefix)
+        logits = self.transformer(inputs, ids=ids, num_scales=count, hooks=hooks)
         return logits.log_softmax(dim=-1).gather(2, prefix[..., None]).sum(dim=(1, 2))
 
     def decode(self, f_hat: Tensor) -> Tensor:
@@ -632,26 +675,41 @@ class NextScalePipeline:
             raise TypeError(_explain_unknown(dict.fromkeys(unknown)))
         return replace(self.generation, **{k: v for k, v in given.items() if v is not None})
 
-    def _ids(self, prompt: Any, class_labels: Any, controls: Sequence[Control] | None) -> Tensor:
+    def _ids(
+        self, prompt: Any, class_labels: Any, controls: Sequence[Control | Attached] | None
+    ) -> Tensor:
         """One row of ids per prompt or label; the null condition for guess mode without them."""
         conditioner = self.transformer.conditioner
-        guess = controls is not None and all(control.guess_mode for control in controls)
+        guess = bool(controls) and all(getattr(c, "guess_mode", False) for c in controls or ())
         if controls and guess and prompt is None and class_labels is None:
-            image = controls[0].image
+            image: Any = getattr(controls[0], "image", None)
             single = not isinstance(image, list | tuple) and getattr(image, "ndim", 3) < 4
             return conditioner.null(1 if single else len(image))
         return conditioner.tokenize(self._conditions(prompt, class_labels))
 
     def _attach(
-        self, controls: Sequence[Control] | None, prompts: int, images_per_prompt: int
+        self, controls: Sequence[Control | Attached] | None, prompts: int, images_per_prompt: int
     ) -> list[Attached]:
-        """The controls of a call, their maps encoded."""
+        """The controls of a call, their maps encoded; those of one picture are for all."""
         if not controls:
             return []
+        from nextscale.control import Control
+        from nextscale.control.attach import Attached
+
+        if not isinstance(controls, Sequence) or not all(
+            isinstance(control, Control | Attached) for control in controls
+        ):
+            raise UserError("controls is a list of nextscale.control.Control")
+        ready = [control for control in controls if isinstance(control, Attached)]
+        controls = [control for control in controls if isinstance(control, Control)]
+        every = torch.zeros(prompts * images_per_prompt, dtype=torch.long, device=self.device)
+        ready = [control[every] if len(control.pictures) == 1 else control for control in ready]
+        if not controls:
+            return ready
         from nextscale.control.maps import attach_all
 
         modules = {control.type: self.control(control.type) for control in controls}
-        return attach_all(controls, modules, prompts, images_per_prompt)
+        return [*ready, *attach_all(controls, modules, prompts, images_per_prompt)]
 
     def _conditions(self, prompt: Any, class_labels: Any) -> list[Any]:
         """The list of prompts or labels, after checking that it is what the model takes."""
@@ -713,6 +771,12 @@ def to_pil(array: np.ndarray) -> list[Image.Image]:
     from PIL import Image
 
     return [Image.fromarray(p) for p in to_uint8(torch.from_numpy(array)).numpy()]
+
+
+def _refuse_without_control(**given: Any) -> None:
+    for name, value in given.items():
+        if value not in (None, False):
+            raise UserError(f"{name} needs a control; pass control_image and control_type")
 
 
 def _progress(batches: range, show: bool) -> Any:

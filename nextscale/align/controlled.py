@@ -16,7 +16,7 @@ from nextscale.align.models import NextScaleModel
 from nextscale.align.policies.next_scale import NextScalePolicy
 from nextscale.align.prompts import Condition, Controlled, map_cache
 from nextscale.align.trajectory import Policy
-from nextscale.control import Control, ControlHooks, ControlModule, attach, open_extractor
+from nextscale.control import Control, ControlHooks, ControlModule, attach
 from nextscale.control.train import ControlledTransformer
 from nextscale.data.images import to_uint8
 from nextscale.errors import UserError
@@ -47,9 +47,8 @@ class ControlledPolicy(NextScalePolicy):
                 "to None and control_in_negative to false"
             )
         self.controlled = ControlledTransformer(self.model, module)
-        made_by = module.record.extractor
-        spec = made_by.get("spec") or module.record.type
-        self.map_of = map_cache(open_extractor(spec, **made_by.get("settings", {})))
+        self.extractor = module.record.open_extractor()
+        self.map_of = map_cache(self.extractor)
 
     @property
     def network(self) -> ControlledTransformer:
@@ -99,7 +98,9 @@ class ControlledModel(NextScaleModel):
         known = config.control in self.pipe.controls
         self.name = config.control if known else self.pipe.load_control(config.control)
         module = self.pipe.control(self.name).requires_grad_(True)
-        self.policy: Policy = ControlledPolicy(self.pipe, module, **self.options)
+        policy = ControlledPolicy(self.pipe, module, **self.options)
+        self.policy: Policy = policy
+        self.extractor = policy.extractor
 
     def check(self, conditions: Sequence[Condition]) -> None:
         """A caption outside of the grammar, a prompt without a picture; see `AlignModel`."""

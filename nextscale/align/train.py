@@ -16,6 +16,7 @@ from torch import nn
 
 from nextscale import processes, storage
 from nextscale.align.config import AlignConfig
+from nextscale.align.controlled import ControlledModel
 from nextscale.align.methods import METHODS, Method
 from nextscale.align.methods.dpo import DPO
 from nextscale.align.methods.grpo import GRPO, TokenMask
@@ -23,6 +24,7 @@ from nextscale.align.models import AlignModel, open_model
 from nextscale.align.prompts import open_prompts
 from nextscale.align.report import Report, make_report
 from nextscale.align.rewards import normalized, open_reward
+from nextscale.align.rewards.control import consistency_reward
 from nextscale.align.rewards.reward import AnyReward, CheckedReward, named
 from nextscale.align.start_model import open_starts
 from nextscale.align.tables import markdown
@@ -34,6 +36,7 @@ from nextscale.training.session import Stateful
 
 logger = logging.getLogger(__name__)
 _TUNING = "## Tuning"
+_CONSISTENCY = "control_consistency"
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,11 @@ def _align(
     config = _with_prompts(config, model)
     if config.method == "find":
         model = open_starts(config, model)
+    if isinstance(model, ControlledModel) and _CONSISTENCY in (
+        *config.reward_funcs,
+        *config.held_out_rewards,
+    ):
+        rewards = {_CONSISTENCY: consistency_reward(model.extractor), **rewards}
     train_rewards, held_out = _open_rewards(config, rewards)
     weights = config.reward_weights or (1.0,) * len(train_rewards)
     method = _open_method(config, model, token_mask)

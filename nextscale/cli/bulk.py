@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nextscale import __version__, processes, storage
+from nextscale.cli.conditions import NO_PROMPT
 from nextscale.cli.console import Interrupted, Output
 from nextscale.cli.control_flags import read_controls
 from nextscale.cli.job import (
@@ -28,16 +29,18 @@ from nextscale.cli.job import (
 from nextscale.cli.loading import load_pipeline
 from nextscale.cli.ranks import on_main, process_group
 from nextscale.cli.recipes import to_yaml
-from nextscale.errors import UserError
 
 if TYPE_CHECKING:
     from nextscale.align.start_model import Start
     from nextscale.cli.generate import GenerateConfig
-    from nextscale.control import Control
+    from nextscale.control.attach import Attached
     from nextscale.pipeline import NextScalePipeline
 
 MAX_GRID = 64
-CONTROL = ("control_type", "control_image", "control_scale", "control_start", "control_end")
+CONTROL = (
+    *("control_type", "control_image", "control_scale", "control_start", "control_end"),
+    *("control", "control_mask", "control_extract", "guess_mode"),
+)
 
 
 def generate(config: GenerateConfig, output: Output) -> dict[str, Any]:
@@ -51,8 +54,7 @@ def generate(config: GenerateConfig, output: Output) -> dict[str, Any]:
             if todo:
                 pipe = _load(job)
                 start = _open_start(job, pipe)
-                controls = read_controls(config, pipe)
-                _check_controls(job, controls, pipe)
+                controls = _open_controls(config, pipe)
                 on_main(partial(_start, job, pipe))
                 _draw(job, pipe, start, controls, output, set(todo))
             processes.barrier()
@@ -105,21 +107,21 @@ def _start(job: Job, pipe: NextScalePipeline) -> None:
     storage.write_bytes(folder / RECIPE, text.encode())
 
 
-def _check_controls(job: Job, controls: Sequence[Control], pipe: NextScalePipeline) -> None:
-    """Refuse maps, strengths and ranges before anything is written."""
-    if not controls and job.settings["control_guidance_scale"] is not None:
-        raise UserError("control_guidance_scale needs a control; pass one, or leave it out")
-    if controls:
-        from nextscale.control.maps import attach_all
+def _open_controls(config: GenerateConfig, pipe: NextScalePipeline) -> list[Attached]:
+    """The controls of the run, encoded once; whatever is wrong with them is refused here."""
+    controls = read_controls(config, pipe)
+    if not controls:
+        return []
+    from nextscale.control.maps import attach_all
 
-        attach_all(controls, {c.type: pipe.control(c.type) for c in controls}, 1, 1)
+    return attach_all(controls, {c.type: pipe.control(c.type) for c in controls}, 1, 1)
 
 
 def _draw(
     job: Job,
     pipe: NextScalePipeline,
     start: Start | None,
-    controls: Sequence[Control],
+    controls: Sequence[Attached],
     output: Output,
     todo: set[int],
 ) -> None:
@@ -143,9 +145,12 @@ def _draw(
             padded = [*rows, *[rows[-1]] * (size - len(rows))]
             conditions, seeds = [job.condition(i) for i in padded], [job.seed + i for i in padded]
             given = None if start is None else start(conditions, seeds)
+            asked: dict[str, Any] = {key: conditions}
+            if job.conditions == (NO_PROMPT,):
+                asked = {"num_images_per_prompt": len(conditions)}
             tick = partial(_tick, bar, len(rows) / (len(pipe.scales) - pipe.given_scales(given)))
             result = pipe(
-                **{key: conditions},
+                **asked,
                 **settings,
                 negative_prompt=job.config.negative_prompt,
                 start=given,
@@ -173,7 +178,7 @@ def _tick(bar: Any, part: float, *_: Any) -> None:
 def _about(job: Job, index: int, pipe: NextScalePipeline) -> dict[str, Any]:
     """What is a picture's own: its prompt, or its class by number, and its seed."""
     condition = job.condition(index)
-    if job.prompts:
+    if job.prompts or condition == NO_PROMPT:
         return {"prompt": condition, "seed": job.seed + index}
     label = int(pipe.transformer.conditioner.tokenize([condition])[0])
     return {"class_label": label, "seed": job.seed + index}

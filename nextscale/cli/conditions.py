@@ -12,8 +12,11 @@ if TYPE_CHECKING:
     from nextscale.cli.loading import ModelFiles
 
 
+NO_PROMPT = ""  # of guess mode, where control stands alone
+
+
 def read_conditions(config: GenerateConfig, model: ModelFiles) -> tuple[str, ...]:
-    """Prompts or labels of a run.
+    """Prompts or labels of a run; `NO_PROMPT` for guess mode without any.
 
     Raises:
         UserError: If there are none, both, or the kind that the model does not take.
@@ -29,6 +32,8 @@ def read_conditions(config: GenerateConfig, model: ModelFiles) -> tuple[str, ...
         given = tuple(line.strip() for line in lines if line.strip())
         if not given:
             raise UserError(f"prompt_file {config.prompt_file} is empty. One prompt per line.")
+    if config.guess_mode and not given and not config.class_labels:
+        return (NO_PROMPT,)
     if given and config.class_labels:
         raise UserError("pass prompts or class_labels, not both.")
     if model.takes_prompts and not given:

@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nextscale.cli.model_flags import ControlGuidanceFlags
 from nextscale.errors import UserError
 
 if TYPE_CHECKING:
-    from nextscale.control import Control
+    from nextscale.control import Control, ControlRecord
     from nextscale.pipeline import NextScalePipeline
 
 
 @dataclass(frozen=True, kw_only=True)
-class ControlFlags:
+class ControlFlags(ControlGuidanceFlags):
     """Pictures that follow a map."""
 
     control_image: tuple[str, ...] = ()
@@ -45,13 +46,26 @@ class ControlFlags:
             )
         for name in ("control_scale", "control_start", "control_end"):
             given = len(getattr(self, name))
+            if not given and name != "control_end":
+                raise UserError(f"{name} has no value; give one, or leave it out")
             if given > 1 and given != count:
                 raise UserError(f"{given} values of {name} for {count} controls; pass 1 or {count}")
         for path in (*self.control_image, *([self.control_mask] if self.control_mask else [])):
             if not Path(path).is_file():
                 raise UserError(f"control image {path} is no file")
-        if self.guess_mode and not count:
-            raise UserError("guess_mode needs --control_image and --control_type")
+        usual = ControlFlags.__dataclass_fields__
+        for name in (
+            "control_scale",
+            "control_start",
+            "control_end",
+            "control_mask",
+            "guess_mode",
+            "control_extract",
+            "control_guidance_scale",
+            "control_in_negative",
+        ):
+            if not count and getattr(self, name) not in (usual[name].default, None, False):
+                raise UserError(f"{name} needs --control_image and --control_type")
 
 
 def read_controls(config: ControlFlags, pipe: NextScalePipeline) -> list[Control]:
@@ -68,7 +82,7 @@ def read_controls(config: ControlFlags, pipe: NextScalePipeline) -> list[Control
     for i, kind in enumerate(config.control_type):
         image: Any = decode(config.control_image[i])
         if config.control_extract:
-            image = _extracted(image, pipe.control(kind).record.extractor, kind, pipe)
+            image = _extracted(image, pipe.control(kind).record, pipe)
         controls.append(
             Control(
                 image=image,
@@ -100,13 +114,11 @@ def _one(values: tuple[Any, ...], index: int) -> Any:
     return values[min(index, len(values) - 1)]
 
 
-def _extracted(image: Any, record: dict[str, Any], kind: str, pipe: NextScalePipeline) -> Any:
+def _extracted(image: Any, record: ControlRecord, pipe: NextScalePipeline) -> Any:
     """The map of a photo, at the model's resolution, by the extractor of the module's training."""
     import torch
 
-    from nextscale.control.conditions import open_extractor
     from nextscale.data.images import fit_to
 
-    extractor = open_extractor(record.get("spec") or kind, **record.get("settings", {}))
     pixels = fit_to(image, pipe.tokenizer.resolution[0], "center", overscale=1.0)
-    return torch.from_numpy(extractor(pixels[None]))
+    return torch.from_numpy(record.open_extractor()(pixels[None]))

@@ -52,7 +52,7 @@ def control_record(
         makes of the real picture), real; the share of the gap closed; and prompt accuracy and
         fd_scenes of floor and control.
     """
-    from nextscale.control.conditions import colour_labels, open_extractor
+    from nextscale.control.conditions import colour_labels
     from nextscale.eval.controllability import control_score
 
     kinds = kinds or tuple(pipe.controls)
@@ -68,8 +68,8 @@ def control_record(
     record["floor"] = quality(floor)
     rows = []
     for kind in kinds:
-        made_by = pipe.control(kind).record.extractor
-        extractor = open_extractor(made_by.get("spec") or kind, **made_by.get("settings", {}))
+        trained_for = pipe.control(kind).record
+        extractor = trained_for.open_extractor()
         maps = extractor(real)
         controlled = draw((kind, torch.from_numpy(maps)))
         pictures = {
@@ -79,7 +79,7 @@ def control_record(
             "real": real,
         }
         scores = {
-            name: control_score(kind, maps, extractor(own), colour_labels)
+            name: control_score(trained_for.type, maps, extractor(own), colour_labels)
             for name, own in pictures.items()
         }
         low, high = scores["floor"].value, scores["real"].value
@@ -88,7 +88,7 @@ def control_record(
             **{name: asdict(score) for name, score in scores.items()},
             "gap_closed": closed,
             "quality": quality(controlled),
-            "extractor": made_by,
+            "extractor": trained_for.extractor,
         }
         rows += [maps[:SHOWN], *(_chw(own[:SHOWN]) for own in (floor, controlled, real))]
     if picture is not None:
@@ -152,9 +152,11 @@ class _Drawing:
     def __call__(self, control: tuple[str, torch.Tensor] | None) -> np.ndarray:
         from nextscale.data.images import to_uint8
 
-        given = {} if control is None else {"control_type": control[0], "control_image": control[1]}
+        given = {k: v for k, v in self.settings.items() if control or not k.startswith("control_")}
+        if control is not None:
+            given |= {"control_type": control[0], "control_image": control[1]}
         output = self.pipe(
-            **self.conditions, **given, **self.settings, seed=self.seed, batch_size=BATCH,
+            **self.conditions, **given, seed=self.seed, batch_size=BATCH,
             output_type="pt", progress=self.progress,
         )  # fmt: skip
         return to_uint8(output.images).permute(0, 2, 3, 1).numpy()

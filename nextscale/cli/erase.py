@@ -53,7 +53,7 @@ def run(command: str, arguments: list[str]) -> int:
         counts = result.counts
         left = "adapter" if record is None else "adapter, report.md, before_after.png"
         output.say(
-            f"{counts['kept']} of {counts['drawn']} pictures of the pairs passed the filter; {left} "
-            f"in {config.output_dir}"
+            f"{counts['kept']} of {counts['drawn']} pictures of the pairs passed the filter; "
+            f"{left} in {config.output_dir}"
         )
     return 0

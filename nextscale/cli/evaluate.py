@@ -12,7 +12,7 @@ from nextscale.cli.console import Output, check_file, check_folder, number, tabl
 from nextscale.cli.eval_networks import NetworkFlags, open_lpips, open_networks
 from nextscale.cli.eval_sources import open_reference, open_samples
 from nextscale.cli.flags import parse
-from nextscale.cli.model_flags import SamplingFlags
+from nextscale.cli.model_flags import ControlGuidanceFlags, SamplingFlags
 from nextscale.cli.ranks import pick_device, process_group
 from nextscale.cli.recipes import read_recipe, recipe_flags, recipe_names, to_yaml
 from nextscale.errors import UserError
@@ -28,7 +28,7 @@ EXAMPLE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig(SamplingFlags, NetworkFlags):
+class EvalConfig(ControlGuidanceFlags, SamplingFlags, NetworkFlags):
     """Flags of `nextscale eval`."""
 
     samples: str | None = None
@@ -90,6 +90,9 @@ class EvalConfig(SamplingFlags, NetworkFlags):
                 raise UserError(f"--{name} goes with --model, not with --samples")
         if self.reconstruct is not None and self.save_images is not None:
             raise UserError("--save_images keeps drawn pictures; use nextscale reconstruct instead")
+        for name in ("control_guidance_scale", "control_in_negative", "control", "control_type"):
+            if getattr(self, name) and self.preset != "control":
+                raise UserError(f"--{name} goes with --preset control")
         if self.num_images is not None and self.num_images < 1:
             raise UserError(f"num_images must be 1 or more, got {self.num_images}.")
         if self.num_reference < 2:
@@ -228,6 +231,11 @@ def _evaluate_control(config: EvalConfig, output: Output, arguments: list[str]) 
         num_images=count + config.num_reference,
         crop="center",
     )
+    if len(source) < count + config.num_reference:
+        raise UserError(
+            f"the reference has {len(source)} held-out pictures, and {count} to draw and "
+            f"{config.num_reference} to compare with are wanted: lower num_images or num_reference"
+        )
     record = control_record(
         pipe,
         source,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from nextscale import storage
 from nextscale.cli.console import Interrupted, check_folder
 from nextscale.cli.flags import parse
 from nextscale.cli.recipes import to_yaml
-from nextscale.errors import UserError
+from nextscale.control.conditions import ExtractorSettings, open_extractor
+from nextscale.errors import UserError, require
 
 ABOUT = (
     "Make control maps of images: canny, softedge, scribble, depth, normal, segmentation, lowres, "
@@ -26,27 +27,23 @@ EXAMPLE = "nextscale extract photos --type canny --output_dir maps"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExtractConfig:
+class ExtractConfig(ExtractorSettings):
     """Flags of `nextscale extract`."""
 
     images: tyro.conf.Positional[tuple[str, ...]] = ()
     """Pictures, or folders of pictures."""
     type: str = "canny"
     """TYPE or TYPE:SOURCE, such as canny, depth:scenes, segmentation:OWNER/MODEL."""
-    low: float | None = None
-    """canny, scribble: lower threshold."""
-    high: float | None = None
-    """canny, scribble: upper threshold."""
-    factor: int | None = None
-    """lowres: how much smaller."""
-    box: tuple[float, float, float, float] | None = None
-    """inpaint: the hole, top left bottom right, in fractions of the side."""
     resolution: int | None = None
     """Resize and crop to this side first; None: as they are."""
     output_dir: str = "maps"
     """Folder of the maps, PNGs with the names of the images."""
     overwrite: bool = False
     """Write into a folder that is not empty."""
+
+    def __post_init__(self) -> None:
+        side = self.resolution
+        require("resolution", side, side is None or side > 0, "be above 0")
 
 
 def run(command: str, arguments: list[str]) -> int:
@@ -58,19 +55,17 @@ def run(command: str, arguments: list[str]) -> int:
 
     from tqdm import tqdm
 
-    from nextscale.control.conditions import open_extractor
     from nextscale.data.images import save_png
 
-    settings = {
-        name: value
-        for name in ("low", "high", "factor", "box")
-        if (value := getattr(config, name)) is not None
-    }
-    extractor = open_extractor(config.type, **settings)
+    given = ExtractorSettings(
+        **{f.name: getattr(config, f.name) for f in fields(ExtractorSettings)}
+    )
+    extractor = open_extractor(config.type, **given.given())
     paths = _paths(config.images)
     hint = "Choose another folder, or --overwrite."
     check_folder(config.output_dir, empty=not config.overwrite, hint=hint)
     folder = Path(config.output_dir)
+    extractor(_read(paths[0][0], config.resolution)[None])  # what fails, fails before the folder
     with storage.os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     written: list[str] = []

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nextscale import __version__, storage
-from nextscale.cli.conditions import read_conditions
+from nextscale.cli.conditions import NO_PROMPT, read_conditions
 from nextscale.cli.console import check_folder
 from nextscale.cli.control_flags import control_digest
 from nextscale.cli.loading import check_conditions, read_model
@@ -79,7 +79,9 @@ def resolve_job(config: GenerateConfig) -> Job:
         config.model, revision=config.revision, local_files_only=config.local_files_only
     )
     conditions = read_conditions(config, model)
-    check_conditions(model, conditions)
+    alone = conditions == (NO_PROMPT,)
+    if not alone:
+        check_conditions(model, conditions)
     if config.negative_prompt is not None:
         if not model.takes_prompts:
             raise UserError("negative_prompt needs a model that takes prompts.")
@@ -101,7 +103,8 @@ def resolve_job(config: GenerateConfig) -> Job:
     import torch
 
     dtype = str(resolve_dtype(config.dtype, torch.device(pick_device(config.device))))
-    named = {"prompt": conditions} if model.takes_prompts else {"class_labels": conditions}
+    given = () if alone else conditions
+    named = {"prompt": given} if model.takes_prompts else {"class_labels": given}
     resolved = {
         **{"prompts": (), "prompt": (), "prompt_file": None, "class_labels": (), **named},
         **{"seed": seed, "dtype": dtype.removeprefix("torch."), "preset": None},

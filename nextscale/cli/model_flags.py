@@ -15,10 +15,6 @@ class SamplingFlags:
     cfg=1.5 is 2.5."""
     guidance_schedule: Literal["linear", "constant"] | None = None
     """linear ramps from 1 at the first scale to guidance_scale at the last."""
-    control_guidance_scale: tuple[float, ...] | None = None
-    """Guidance of control apart from that of the prompt: one number, or one per scale."""
-    control_in_negative: bool | None = None
-    """Control on both sides of guidance, so that guidance strengthens the prompt alone."""
     guidance_end: int | None = None
     """Guidance is off from this scale on (0 is the first)."""
     top_k: int | None = None
@@ -39,11 +35,22 @@ class SamplingFlags:
 
     def sampling(self) -> dict[str, Any]:
         """The settings that are given, as the pipeline takes them."""
-        given = {name: getattr(self, name) for name in SamplingFlags.__dataclass_fields__}
+        names = (*SamplingFlags.__dataclass_fields__, *ControlGuidanceFlags.__dataclass_fields__)
+        given: dict[str, Any] = {name: getattr(self, name, None) for name in names}
         for name in ("guidance_scale", "control_guidance_scale", "temperature"):
             if given[name] is not None and len(given[name]) == 1:
                 given[name] = given[name][0]
         return {k: v for k, v in given.items() if v not in (None, ())}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlGuidanceFlags:
+    """Guidance of control; None: the model's own setting."""
+
+    control_guidance_scale: tuple[float, ...] | None = None
+    """Guidance of control apart from that of the prompt: one number, or one per scale."""
+    control_in_negative: bool | None = None
+    """Control on both sides of guidance, so that guidance strengthens the prompt alone."""
 
 
 @dataclass(frozen=True, kw_only=True)

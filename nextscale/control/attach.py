@@ -18,6 +18,7 @@ from nextscale.var import NextScaleTransformer
 from nextscale.var.block import Prepared
 
 MAX_STRENGTH = 10.0
+MAPS_AT_ONCE = 64
 GUESS_FIRST = 0.1  # strength at the first site in guess mode, rising to 1 (ControlNet)
 
 
@@ -56,6 +57,7 @@ class Attached:
         pictures: Which of the m maps each image of the batch has, [b].
         weights: Per site a factor for all positions: None (1), or [1, t, 1].
         end: Position from which on the module does not run.
+        guess_mode: It may stand without a prompt.
     """
 
     module: ControlModule
@@ -63,9 +65,12 @@ class Attached:
     pictures: Int[Tensor, " b"]
     weights: Mapping[int, Float[Tensor, "1 t 1"] | None]
     end: int
+    guess_mode: bool = False
 
     def __getitem__(self, rows: slice | Tensor) -> Attached:
-        return replace(self, pictures=self.pictures[rows])
+        """Some images of the batch, with their maps alone."""
+        used, pictures = self.pictures[rows].unique(return_inverse=True)
+        return replace(self, features=self.features[used], pictures=pictures)
 
 
 def attach(
@@ -86,14 +91,15 @@ def attach(
         UserError: For a strength, a range or a mask that does not fit the model.
     """
     weight = next(module.parameters())
-    features = module.encode(maps.to(weight.device))
+    parts = maps.to(weight.device).split(MAPS_AT_ONCE)
+    features = torch.cat([module.encode(part) for part in parts])
     if pictures is None:
         pictures = torch.arange(len(maps))
     schedule = module.schedule
     end = scale_range(control.start_scale, control.end_scale, schedule.num_scales)[1]
     stop = schedule.slices[end - 1].stop
     weights = site_weights(module, control, weight.device)
-    return Attached(module, features, pictures.to(weight.device), weights, stop)
+    return Attached(module, features, pictures.to(weight.device), weights, stop, control.guess_mode)
 
 
 def scale_range(start: int, end: int | None, num_scales: int) -> tuple[int, int]:
@@ -115,6 +121,7 @@ def site_weights(
     first, end = scale_range(control.start_scale, control.end_scale, count)
     layers = dict.fromkeys(module.sites, 1.0)
     given = control.strength
+    _check_numbers(given)
     if isinstance(given, Mapping):
         if unknown := set(given) - set(layers):
             raise UserError(
@@ -150,13 +157,28 @@ def site_weights(
     }
 
 
+def _check_numbers(given: Any) -> None:
+    """Refuse strengths that are neither a number nor several."""
+    values = [given]
+    if isinstance(given, Mapping):
+        values = list(given.values())
+    elif isinstance(given, Sequence):
+        values = list(given)
+    for value in values:
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise UserError(
+                f"control_scale is {given!r}; it is a number, one per scale, or {{block: number}}"
+            )
+
+
 def _mask_per_position(mask: Any, schedule: ScaleSchedule) -> Float[Tensor, " t"]:
     """A strength mask at the cells of every scale, by area."""
     grid = torch.as_tensor(mask, dtype=torch.float32)
-    if grid.ndim != 2 or not bool(((grid >= 0) & (grid <= 1)).all()):
-        raise UserError(
-            f"a control mask is [H, W] with values in [0, 1], got the shape {list(grid.shape)}"
-        )
+    if grid.ndim != 2:
+        raise UserError(f"a control mask is [H, W], got the shape {list(grid.shape)}")
+    if not bool(((grid >= 0) & (grid <= 1)).all()):
+        low, high = grid.min().item(), grid.max().item()
+        raise UserError(f"a control mask has values in [0, 1], got [{low:g}, {high:g}]")
     parts = [F.adaptive_avg_pool2d(grid[None, None], side).flatten() for side in schedule.sides]
     return torch.cat(parts)
 
@@ -217,6 +239,8 @@ class ControlHooks:
 
     def _begin(self, rows: int) -> None:
         images = len(self.pictures[0])
+        if rows % images:
+            raise UserError(f"controls of {images} images in a run of {rows} rows")
         every = [p.repeat(rows // images) for p in self.pictures]
         self._hold(torch.arange(rows) // images, every)
 
@@ -230,7 +254,7 @@ class ControlHooks:
         for (part, state), pictures in zip(self.parts, self.pictures, strict=True):
             if part.module.point != point or where.start >= part.end:
                 continue
-            pooled = prepared.start[:count]
+            pooled = prepared.pooled[:count]
             added = state.contribution(block, where, rows, pooled, pictures[:count])
             if added is None:
                 continue

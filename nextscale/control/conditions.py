@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -13,13 +13,33 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 
-from nextscale.errors import UserError, missing_extra
+from nextscale.errors import UserError, missing_extra, require
 
 Picture = UInt8[np.ndarray, "H W 3"]
 Map = Float[np.ndarray, "H W 3"]
 
 WHITE_LINES = "white lines on black"
 NEAR_IS_BRIGHT = "near is bright"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractorSettings:
+    """Settings of extractors as flags; None: the extractor's own."""
+
+    low: float | None = None
+    """canny, scribble: lower threshold."""
+    high: float | None = None
+    """canny, scribble: upper threshold."""
+    blur: float | None = None
+    """scribble: deviation of the blur in pixels."""
+    factor: int | None = None
+    """lowres: how much smaller."""
+    box: tuple[float, float, float, float] | None = None
+    """inpaint: the hole, top left bottom right, in fractions of the side."""
+
+    def given(self) -> dict[str, Any]:
+        """Those that are set, for `open_extractor`."""
+        return {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None}
 
 
 @dataclass(frozen=True)
@@ -86,6 +106,10 @@ def open_extractor(spec: str, **settings: Any) -> Extractor:
             f'there is no control type "{kind}"; choose one of {", ".join(EXTRACTORS)}, such as '
             "canny or depth:scenes"
         )
+    for name, value in settings.items():
+        values = value if isinstance(value, list | tuple) else [value]
+        if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+            raise UserError(f"control type {spec}: {name} must be a number, got {value!r}")
     try:
         return replace(EXTRACTORS[kind](source, **settings), spec=spec)
     except TypeError as error:
@@ -95,6 +119,7 @@ def open_extractor(spec: str, **settings: Any) -> Extractor:
 def _canny(source: str, low: float = 100, high: float = 200) -> Extractor:
     cv2 = _opencv("canny")
     _no_source("canny", source)
+    _check_thresholds(low, high)
 
     def read(picture: Picture) -> np.ndarray:
         return cv2.Canny(np.ascontiguousarray(picture), low, high).astype(np.float32) / 255
@@ -116,6 +141,8 @@ def _softedge(source: str) -> Extractor:
 def _scribble(source: str, blur: float = 1.5, low: float = 50, high: float = 120) -> Extractor:
     cv2 = _opencv("scribble")
     _no_source("scribble", source)
+    _check_thresholds(low, high)
+    require("blur", blur, 0 < blur < 100, "lie in (0, 100)")
 
     def read(picture: Picture) -> np.ndarray:
         smooth = cv2.GaussianBlur(np.ascontiguousarray(picture), (0, 0), blur)
@@ -177,6 +204,7 @@ def _segmentation(source: str) -> Extractor:
 
 def _lowres(source: str, factor: int = 8) -> Extractor:
     _no_source("lowres", source)
+    require("factor", factor, factor >= 1 and factor == int(factor), "be whole, 1 or more")
 
     def read(picture: Picture) -> np.ndarray:
         pixels = torch.from_numpy(picture.astype(np.float32) / 255).permute(2, 0, 1)[None]
@@ -192,7 +220,7 @@ def _inpaint(
     source: str, box: tuple[float, float, float, float] = (0.25, 0.25, 0.75, 0.75)
 ) -> Extractor:
     _no_source("inpaint", source)
-    top, left, bottom, right = box
+    top, left, bottom, right = box if len(box) == 4 else (1.0, 1.0, 0.0, 0.0)
     if not (0 <= top < bottom <= 1 and 0 <= left < right <= 1):
         raise UserError(f"box is (top, left, bottom, right) in fractions of the side, got {box}")
 
@@ -299,14 +327,16 @@ def suspect_map(kind: str, map_: Float[np.ndarray, "3 H W"]) -> str | None:
     if kind in ("canny", "scribble", "softedge", "hed", "lineart", "pidi"):
         if colourful > 0.02:
             return "it has colours, and lines are white on black; extract them first"
+        between = float(((grey > 0.1) & (grey < 0.9)).mean())
+        if between > (0.3 if kind in ("canny", "scribble") else 0.6):
+            return "it has many grey pixels, and lines are white on black; extract them first"
         if grey.mean() > 0.5:
             return "most of it is white, and lines are white on black; invert it"
-        between = float(((grey > 0.1) & (grey < 0.9)).mean())
-        if kind in ("canny", "scribble") and between > 0.3:
-            return "it has many grey pixels, and lines are white on black; extract them first"
     elif kind in ("depth", "zoe"):
         if colourful > 0.02:
             return "it has colours, and depth is grey (near is bright); extract it first"
+        if (grey > 0.98).mean() > 0.5:
+            return "most of it is the brightest there is, and near is bright; it may be inverted"
         height = len(grey)
         if grey[: height // 4].mean() > grey[-height // 4 :].mean() + 0.35:
             return "its upper part is the brightest, and near is bright; it may be inverted"
@@ -314,6 +344,8 @@ def suspect_map(kind: str, map_: Float[np.ndarray, "3 H W"]) -> str | None:
         length = np.sqrt(((map_ * 2 - 1) ** 2).sum(axis=0))
         if float(np.abs(length - 1).mean()) > 0.2:
             return "its colours are no unit vectors; extract normals first"
+        if float(map_[2].mean()) < 0.5:
+            return "its normals look away (blue below one half); they may be inverted"
     elif kind == "segmentation":
         pixels = np.rint(map_ * 255).astype(np.int32).reshape(3, -1)
         number = pixels[0] * 65536 + pixels[1] * 256 + pixels[2]
@@ -333,7 +365,7 @@ def _grey(picture: Picture) -> torch.Tensor:
 def _transformers_depth(source: str) -> Callable[[np.ndarray], np.ndarray]:
     processor, model = _transformers_model("depth", source, "AutoModelForDepthEstimation")
     metric = (
-        "zoe" in model.config.model_type
+        model.config.model_type in ("zoedepth", "glpn")
         or getattr(model.config, "depth_estimation_type", "") == "metric"
     )
 
@@ -406,6 +438,11 @@ def _kornia(kind: str) -> Any:
     except ImportError as error:
         raise missing_extra(f"{kind} needs kornia", "control") from error
     return kornia
+
+
+def _check_thresholds(low: float, high: float) -> None:
+    for name, value in (("low", low), ("high", high)):
+        require(name, value, 0 <= value < float("inf"), "be 0 or more")
 
 
 def _no_source(kind: str, source: str) -> None:

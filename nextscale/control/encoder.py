@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from nextscale.errors import UserError, missing_extra, require
 from nextscale.tokenizers import ScaleSchedule
 
-DINOV2_PATCH = 14
-
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
@@ -117,8 +115,10 @@ class ControlEncoder(nn.Module):
             tokens = self.network.forward_features(pixels)  # pyright: ignore[reportCallIssue]
             tokens = tokens[:, self.network.num_prefix_tokens :]  # pyright: ignore
         else:
-            output: Any = self.network(pixels, interpolate_pos_encoding=True)
-            tokens = output.last_hidden_state[:, 1:]
+            network: Any = self.network
+            before = 1 + getattr(network.config, "num_register_tokens", 0)
+            output: Any = network(pixels, interpolate_pos_encoding=True)
+            tokens = output.last_hidden_state[:, before:]
         height, width = (side // self._patch for side in pixels.shape[-2:])
         return tokens.transpose(1, 2).reshape(len(tokens), -1, height, width)
 
@@ -180,7 +180,7 @@ def _published(config: EncoderConfig) -> tuple[nn.Module, int, int]:
                 name, pretrained=config.pretrained, num_classes=0, dynamic_img_size=True
             )
         except (RuntimeError, TypeError, OSError) as error:
-            raise UserError(f'encoder.name "{name}": {error}') from error
+            raise _not_loaded(name, error) from error
         return network, network.num_features, network.patch_embed.patch_size[0]
     try:
         from transformers import AutoConfig, AutoModel
@@ -193,5 +193,12 @@ def _published(config: EncoderConfig) -> tuple[nn.Module, int, int]:
         else:
             network = AutoModel.from_config(AutoConfig.from_pretrained(name))
     except (OSError, ValueError) as error:
-        raise UserError(f'encoder.name "{name}" cannot be loaded: {error}') from error
+        raise _not_loaded(name, error) from error
     return network, network.config.hidden_size, network.config.patch_size
+
+
+def _not_loaded(name: str, error: Exception) -> UserError:
+    reason = str(error).strip().split("\n")[0]
+    return UserError(
+        f'encoder.name "{name}" cannot be loaded ({reason}); give a folder, or a name and a network'
+    )

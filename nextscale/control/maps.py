@@ -74,7 +74,7 @@ def attach_all(
     count, attached = prompts * images_per_prompt, []
     for control in controls:
         module = modules[control.type]
-        maps = as_maps(control.image, control.type, module.record.resolution)
+        maps = as_maps(control.image, module.record.type, module.record.resolution)
         if len(maps) not in (1, prompts, count):
             raise UserError(
                 f"{len(maps)} maps of the control {control.type} for {prompts} prompts and "
@@ -92,7 +92,7 @@ def as_maps(given: Any, kind: str, resolution: tuple[int, int]) -> Float[Tensor,
 
     Args:
         given: A PIL image, uint8 [H, W, 3] or [H, W], float [3, H, W], [1, H, W] or [n, 3, H, W] in
-            [0, 1], or a list of such.
+            [0, 1] (tensor or array), or a list of such.
         kind: Control type, for its checks and how it is resized.
         resolution: (height, width).
 
@@ -132,7 +132,10 @@ def as_mask(given: Any) -> Tensor:
     """A strength mask [H, W] in [0, 1] of a PIL image, an array or a tensor."""
     if isinstance(given, Tensor) and given.ndim == 2:
         return given.float().cpu()
-    return _tensor(given, "mask")[0].mean(dim=0)
+    masks = _tensor(given, "mask")
+    if len(masks) != 1:
+        raise UserError(f"a control has one mask for all pictures, got {len(masks)}")
+    return masks[0].mean(dim=0)
 
 
 def _tensor(given: Any, kind: str) -> Float[Tensor, "m 3 H W"]:
@@ -140,6 +143,9 @@ def _tensor(given: Any, kind: str) -> Float[Tensor, "m 3 H W"]:
 
     if isinstance(given, Image.Image):
         given = np.asarray(given.convert("RGB"))
+    if isinstance(given, np.ndarray) and np.issubdtype(given.dtype, np.floating):
+        given = torch.from_numpy(np.ascontiguousarray(given, np.float32))
+        given = given[None] if given.ndim == 2 else given
     if isinstance(given, np.ndarray):
         if given.dtype != np.uint8 or given.ndim not in (2, 3):
             raise UserError(

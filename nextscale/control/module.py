@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nextscale import storage
+from nextscale.control.conditions import Extractor, open_extractor
 from nextscale.control.encoder import ControlEncoder, EncoderConfig
 from nextscale.errors import UserError, require
 from nextscale.tokenizers import ScaleSchedule
@@ -19,6 +20,7 @@ from nextscale.var import NextScaleTransformer, TransformerConfig
 from nextscale.var.cache import KeyValueCache
 
 FORMAT_VERSION = 1
+ENCODER = "encoder.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,12 @@ class ControlRecord:
     """Hash of the base's weights."""
     extractor: dict[str, Any] = field(default_factory=dict)
     """How the maps were made: name, version, settings."""
+
+    def open_extractor(self) -> Extractor:
+        """What made the maps; the type's own extractor if that is not known."""
+        return open_extractor(
+            self.extractor.get("spec") or self.type, **self.extractor.get("settings", {})
+        )
 
 
 class ControlState(ABC):
@@ -102,8 +110,10 @@ class ControlModule(nn.Module, ABC):
         self.config, self.base, self.record = config, base, record
         self.schedule = ScaleSchedule(base.scales)
         self.encoder = ControlEncoder(config.encoder, self.schedule, record.resolution)
-        for site in config.sites or ():
-            require("sites", config.sites, 0 <= site < base.depth, f"lie in 0..{base.depth - 1}")
+        sites = config.sites or ()
+        for site in sites:
+            require("sites", sites, 0 <= site < base.depth, f"lie in 0..{base.depth - 1}")
+        require("sites", sites, sorted(set(sites)) == list(sites), "rise, each named once")
 
     def encode(self, maps: Float[Tensor, "m 3 H W"]) -> Float[Tensor, "m t e"]:
         """Features of control maps in [0, 1] at the cells of all scales: once per picture."""
@@ -156,6 +166,9 @@ class ControlModule(nn.Module, ABC):
             "record": asdict(self.record),
         }
         storage.write_json(folder / "config.json", values)
+        if self.config.encoder.kind == "dinov2":  # so that reading it needs no hub
+            network: Any = self.encoder.network
+            network.config.to_json_file(folder / ENCODER)
 
 
 def evenly(count: int, depth: int) -> tuple[int, ...]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from nextscale import storage
 from nextscale.control.adapter import AdapterControl
 from nextscale.control.additive import AdditiveControl
 from nextscale.control.module import (
+    ENCODER,
     FORMAT_VERSION,
     ControlConfig,
     ControlModule,
@@ -53,10 +55,14 @@ def read_control(folder: str | Path) -> ControlModule:
     if isinstance(encoder, dict):
         encoder["pretrained"] = False  # the file has the weights
     config = storage.build(cls.config_class, values["module"], path)
+    local = config
+    if (folder / ENCODER).is_file():
+        local = replace(config, encoder=replace(config.encoder, name=str(folder / ENCODER)))
     base = storage.build(TransformerConfig, values["base"], path)
     values["record"]["resolution"] = tuple(values["record"].get("resolution", ()))
     record = storage.build(ControlRecord, values["record"], path)
-    module = cls(config, base, record)
+    module = cls(local, base, record)
+    module.config = config  # which names the place that the encoder came from
     state = storage.read_tensors(folder / "model.safetensors")
     storage.load_state(module, {k: v.float() for k, v in state.items()}, folder)
     return module.eval()

@@ -130,7 +130,7 @@ class _Side(ControlState):
             for block in module.blocks
         ]
         nothing = active.new_zeros(())
-        prepared = Prepared(pooled, modulation, (nothing, nothing), None, None)
+        prepared = Prepared(pooled, modulation, (nothing, nothing), None, None, pooled)
         outputs = []
         for side_block in module.blocks:
             h = side_block(

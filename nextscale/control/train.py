@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from nextscale import processes, storage
 from nextscale.control.adapter import AdapterConfig, AdapterControl
 from nextscale.control.additive import AdditiveConfig
 from nextscale.control.attach import Control, ControlHooks, attach
-from nextscale.control.conditions import Extractor, open_extractor
+from nextscale.control.conditions import Extractor, ExtractorSettings, open_extractor
 from nextscale.control.module import ControlConfig, ControlModule, ControlRecord
 from nextscale.control.registry import ARCHITECTURES, build_control
 from nextscale.control.side_network import SideNetworkConfig
@@ -35,7 +35,6 @@ from nextscale.var.model_folder import read_generation, save_model
 MIN_LAST_SHARE = 0.05  # of the batches that train the finest scale, under early-centric sampling
 SHOWN = 8
 Batch = dict[str, Tensor | None]
-Evaluate = Callable[[NextScaleTransformer, ControlModule, MultiscaleVQ, int], Mapping[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +45,8 @@ class ControlTrainingConfig(TrainingConfig, DataConfig):
     """The base: a bundled model, a folder or a hub id."""
     control_type: str = "canny"
     """What maps are made of the images: TYPE or TYPE:SOURCE, as in `nextscale extract`."""
-    extractor: dict[str, Any] = field(default_factory=dict)
-    """Settings of the extractor, such as low and high of canny."""
+    extractor: ExtractorSettings = field(default_factory=ExtractorSettings)
+    """Settings of the extractor."""
     architecture: Literal["additive", "adapter", "side_network"] = "additive"
     """additive: ControlAR; adapter: ECM; side_network: CAR, made additive."""
     additive: AdditiveConfig = field(default_factory=AdditiveConfig)
@@ -123,6 +122,13 @@ class ControlledTransformer(nn.Module):
         super().__init__()
         self.transformer, self.control = transformer, control
 
+    def train(self, mode: bool = True) -> ControlledTransformer:
+        """A base that takes no gradient stays in evaluation mode: no stochastic depth."""
+        super().train(mode)
+        if not any(p.requires_grad for p in self.transformer.parameters()):
+            self.transformer.eval()
+        return self
+
     def forward(
         self,
         inputs: Float[Tensor, "r u c"],
@@ -140,14 +146,11 @@ class ControlledTransformer(nn.Module):
         return self.transformer(inputs, ids=ids, num_scales=num_scales, hooks=hooks)
 
 
-def train_control(
-    config: ControlTrainingConfig, *, evaluate: Evaluate | None = None, progress: bool = True
-) -> FitResult:
+def train_control(config: ControlTrainingConfig, *, progress: bool = True) -> FitResult:
     """Train a control module and save it (or, unfrozen, the whole model) in `output_dir/model`.
 
     Args:
         config: The run.
-        evaluate: Further validation, (base, module, tokenizer, step) -> metrics.
         progress: Show a bar.
 
     Returns:
@@ -157,7 +160,7 @@ def train_control(
     tokenizer = MultiscaleVQ.from_pretrained(folder / "tokenizer").requires_grad_(False)
     base = NextScaleTransformer.from_pretrained(folder)
     generation = read_generation(folder) or SamplingConfig()
-    extractor = open_extractor(config.control_type, **config.extractor)
+    extractor = open_extractor(config.control_type, **config.extractor.given())
     if tokenizer.resolution != (config.resolution, config.resolution):
         height, width = tokenizer.resolution
         raise UserError(
@@ -218,8 +221,6 @@ def train_control(
         if processes.is_main():
             path = Path(config.output_dir) / "samples" / f"step_{step:08d}.png"
             _save_samples(network, tokenizer, examples["validation"], extractor, generation, path)
-        if evaluate is not None:
-            report |= evaluate(network.transformer, network.control, tokenizer, step)
         return report
 
     result = fit(

@@ -71,7 +71,8 @@ def agreement(
     """The same for each picture, in [0, 1], 1 is perfect.
 
     Errors e become 1 - e: RMSE in units of 255, normals of 180 degrees; PSNR counts in units of
-    its 100 dB. Pictures have a mIoU of their own here, over the classes in them.
+    its 100 dB; a negative SSIM is 0. Pictures have a mIoU of their own here, over the classes in
+    them.
 
     Args:
         kind: Control type.
@@ -85,7 +86,7 @@ def agreement(
         pairs = zip(labels(given), labels(found), strict=True)
         return np.array([mean_iou(a[None], b[None]) for a, b in pairs])
     scores = PER_PICTURE[metric](given, found) / UNIT.get(metric, 1)
-    return 1 - scores if metric in ERRORS else scores
+    return np.clip(1 - scores if metric in ERRORS else scores, 0, 1)
 
 
 def f1(given: Maps, found: Maps) -> Float[np.ndarray, " n"]:

@@ -86,6 +86,7 @@ class Prepared:
         head: (scale, shift) of the head, [b, 1, d] each.
         context: Per block keys and values of the context tokens, or None.
         mask: [b, 1, 1, s], True for real context tokens, or None.
+        pooled: [b, 1, d], the condition itself, whatever is added to the start token.
     """
 
     start: Tensor
@@ -93,6 +94,7 @@ class Prepared:
     head: tuple[Tensor, Tensor]
     context: list[tuple[Tensor, Tensor]] | None
     mask: Tensor | None
+    pooled: Tensor
 
     def __getitem__(self, rows: slice | Tensor) -> Prepared:
         context = None if self.context is None else [(k[rows], v[rows]) for k, v in self.context]
@@ -102,6 +104,7 @@ class Prepared:
             (self.head[0][rows], self.head[1][rows]),
             context,
             None if self.mask is None else self.mask[rows],
+            self.pooled[rows],
         )
 
 

@@ -20,10 +20,15 @@ FORMAT_VERSION = 1
 DEFAULT_TARGETS = ("qkv", "proj", "fc1", "fc2")
 
 
-def base_fingerprint(model: nn.Module) -> str:
-    """Hash of the base weights, the same whether they are loaded in float32 or in bfloat16."""
+def base_fingerprint(model: nn.Module, dtype: torch.dtype | None = None) -> str:
+    """Hash of the base weights, the same whether they are loaded in float32 or in bfloat16.
+
+    Args:
+        model: The base.
+        dtype: As if they were cast to this first; None: as they are.
+    """
     base = {
-        name.replace(".base_layer.", "."): tensor.detach().to(torch.bfloat16).cpu()
+        name.replace(".base_layer.", "."): tensor.detach().to(dtype).to(torch.bfloat16).cpu()
         for name, tensor in model.state_dict().items()
         if ".lora_" not in name
     }

@@ -130,7 +130,8 @@ class NextScaleTransformer(nn.Module):
             tokens = tokens.to(self.head_modulation.weight.dtype)
             context = [block.cross.keys_values(tokens) for block in self.blocks]  # pyright: ignore
         mask = None if condition.mask is None else condition.mask[:, None, None]
-        return Prepared(pooled[:, None], modulation, (scale, shift), context, mask)
+        start = pooled[:, None]
+        return Prepared(start, modulation, (scale, shift), context, mask, start)
 
     def embed(
         self, inputs: Float[Tensor, "b u c"] | None, prepared: Prepared, where: slice

@@ -106,6 +106,88 @@ def test_control_changes_pictures_and_strength_zero_does_not(
     assert (pixels(tmp_path / "again") == on).all()
 
 
+def test_control_alone_needs_no_prompt(generate, controlled, run, photos, tmp_path) -> None:
+    words = ["--model", controlled, "--seed", 3, "--num_images", 3, "--batch_size", 2]
+    flags = ["--control_image", photos / "0.png", "--control_type", "depth", "--guess_mode"]
+    result = generate(*words, *flags, "--output_dir", tmp_path / "a")
+    assert result.code == 0, result.err
+    assert len(list((tmp_path / "a").glob("00*.png"))) == 3
+    recipe = tmp_path / "a" / "recipe.yaml"
+    again = run("generate", "--config", recipe, "--output_dir", tmp_path / "b")
+    assert again.code == 0, again.err
+    assert (pixels(tmp_path / "a") == pixels(tmp_path / "b")).all()
+    refused = generate("--model", controlled, "--output_dir", tmp_path / "c")
+    assert "needs a prompt" in refused.err
+
+
+def test_maps_are_read_once_for_all_batches(generate, controlled, photos, tmp_path) -> None:
+    save_png(np.zeros((16, 16, 3), np.uint8), tmp_path / "small.png")
+    flags = ["--control_image", tmp_path / "small.png", "--control_type", "canny"]
+    result = generate(PROMPT, "--model", controlled, "--num_images", 6, "--batch_size", 2, *flags)
+    assert result.code == 0, result.err
+    assert result.err.count("is resized to") == 1
+
+
+def test_a_training_recipe_can_be_run_again(run, tmp_path) -> None:
+    flags = ["--control_type", "canny", "--extractor.low", 50, "--output_dir", tmp_path / "r"]
+    printed = run("train", "control", *flags, "--print_config")
+    assert printed.code == 0, printed.err
+    (tmp_path / "recipe.yaml").write_text(printed.out)
+    again = run("train", "control", "--config", tmp_path / "recipe.yaml", "--print_config")
+    assert again.code == 0, again.err
+    assert again.out == printed.out
+    assert "low: 50" in printed.out
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_fused_model_keeps_its_controls(controlled, dtype, tmp_path) -> None:
+    """Saved after a LoRA was fused, or in float16: the controls belong to the new weights."""
+    from nextscale.var.lora import add_lora, save_lora
+
+    tuned = NextScalePipeline.from_pretrained(controlled, dtype="float32")
+    add_lora(tuned.transformer, rank=2)
+    for name, parameter in tuned.transformer.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    settings = {"rank": 2, "alpha": None, "target_modules": ["qkv", "proj", "fc1", "fc2"]}
+    save_lora(tuned.transformer, tmp_path / "lora", settings)
+    pipe = NextScalePipeline.from_pretrained(controlled, dtype="float32")
+    pipe.load_lora(tmp_path / "lora")
+    pipe.control("canny")
+    pipe.fuse_lora()
+    pipe.save_pretrained(tmp_path / "fused", dtype=getattr(torch, dtype))
+    again = NextScalePipeline.from_pretrained(tmp_path / "fused", dtype=dtype)
+    assert again.control("depth").record.type == "depth"
+    again.to(dtype="float32")
+    image = torch.zeros(3, 32, 32)
+    found = again(PROMPT, control_image=image, control_type="canny", seed=0, output_type="pt")
+    if dtype == "float32":
+        same = pipe(PROMPT, control_image=image, control_type="canny", seed=0, output_type="pt")
+        assert torch.equal(same.tokens, found.tokens)
+
+
+def test_a_prefix_is_scored_under_its_control(controlled) -> None:
+    """With candidates that begin with tokens of their own, the likeliest under control is kept."""
+    from nextscale.control import ControlHooks
+    from nextscale.control.maps import as_controls
+
+    pipe = NextScalePipeline.from_pretrained(controlled, dtype="float32")
+    prefix = torch.randint(16, (4, 5), generator=torch.Generator().manual_seed(0))
+    image = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(1))
+    given = {"control_image": image, "control_type": "canny", "control_scale": 3.0}
+    drawn = pipe(PROMPT, **given, start=prefix, num_candidates=4, seed=0, output_type="pt").tokens
+    ids = pipe.transformer.conditioner.tokenize([PROMPT] * 4)
+    (part,) = pipe._attach(as_controls(image, "canny", 3.0), 1, 4)
+    hooks = ControlHooks(pipe.transformer, [part], cached=False)
+    scores = pipe._prefix_score(ids, prefix, [part])
+    inputs = pipe.tokenizer.teacher_inputs(torch.nn.functional.pad(prefix, (0, 16)))[:, :4]
+    with torch.no_grad():
+        logits = pipe.transformer(inputs, ids=ids, num_scales=2, hooks=hooks)
+    by_hand = logits.log_softmax(-1).gather(2, prefix[..., None]).sum(dim=(1, 2))
+    torch.testing.assert_close(scores, by_hand)
+    assert any(torch.equal(drawn[0, :5], row) for row in prefix)
+
+
 def test_two_controls_and_a_module_of_one_s_own(generate, controlled, models, photos, tmp_path):
     module = Path(controlled) / "controls" / "canny"
     image = photos / "0.png"
@@ -130,7 +212,10 @@ def test_two_controls_and_a_module_of_one_s_own(generate, controlled, models, ph
         (f"{GIVEN} --control_scale 1 1", "2 values of control_scale for 1 controls"),
         ("--control_image WIDE --control_type canny", "another aspect"),
         ("--guess_mode", "guess_mode needs --control_image"),
-        ("--control_guidance_scale 2", "control_guidance_scale needs a control"),
+        ("--control_scale 0.5", "control_scale needs --control_image"),
+        ("--control_mask MAP", "control_mask needs --control_image"),
+        ("--control_scale", "control_scale has no value"),
+        ("--control_guidance_scale 2", "control_guidance_scale needs --control_image"),
         ("--control /nowhere", "is no model"),
     ],
 )

@@ -13,7 +13,7 @@ from PIL import Image
 
 from nextscale.control import Control, open_extractor
 from nextscale.control.conditions import colour_labels, label_colours, suspect_map
-from nextscale.control.maps import as_controls, as_maps
+from nextscale.control.maps import as_controls, as_maps, as_mask
 from nextscale.data.scenes import ground_truth, render, sample_scene
 from nextscale.errors import MissingExtraError, UserError
 from nextscale.eval.controllability import mean_iou
@@ -137,6 +137,31 @@ def test_transformers_models_make_depth_and_segmentation(tmp_path: Path) -> None
     assert set(np.unique(colour_labels(found))) <= set(range(5))
 
 
+@pytest.mark.parametrize(
+    ("spec", "settings", "message"),
+    [
+        ("canny", {"low": "50"}, "low must be a number"),
+        ("canny", {"low": float("nan")}, "low is nan"),
+        ("scribble", {"blur": 0}, "blur is 0"),
+        ("lowres", {"factor": 0}, "factor is 0"),
+        ("inpaint", {"box": (0.1, 0.2, 0.3)}, "box is"),
+    ],
+)
+def test_settings_out_of_range_are_refused(
+    spec: str, settings: dict[str, Any], message: str
+) -> None:
+    if spec in ("canny", "scribble"):
+        pytest.importorskip("cv2")
+    with pytest.raises(UserError, match=message):
+        open_extractor(spec, **settings)
+
+
+def test_maps_may_be_float_arrays() -> None:
+    maps = np.random.default_rng(0).random((2, 3, 8, 8), np.float32)
+    assert torch.equal(as_maps(maps, "lowres", (8, 8)), torch.from_numpy(maps))
+    torch.testing.assert_close(as_mask(maps[0, 0]), torch.from_numpy(maps[0, 0]))
+
+
 # ---- maps of a call --------------------------------------------------------------------------
 
 
@@ -149,6 +174,11 @@ def test_suspicious_maps_are_named(caplog: pytest.LogCaptureFixture) -> None:
         assert suspect_map(kind, fine) is None
         assert suspect_map(kind, photo) is not None
     assert "invert" in str(suspect_map("canny", 1 - canny))
+    for picture in PICTURES[:8]:
+        nearness = open_extractor("depth")(picture[None])[0]
+        assert "invert" in str(suspect_map("depth", 1 - nearness))
+    grey = np.broadcast_to(photo.mean(axis=0), photo.shape) * 0.8 + 0.1
+    assert "extract" in str(suspect_map("hed", grey))
     assert "more colours than classes" in str(suspect_map("segmentation", photo))
     assert "unit vectors" in str(suspect_map("normal", depth))
     with caplog.at_level(logging.WARNING, logger="nextscale"):
@@ -179,7 +209,7 @@ def test_maps_are_resized_with_a_word(caplog: pytest.LogCaptureFixture) -> None:
         (torch.zeros(4, 64, 64), r"has the shape \[4, 64, 64\]; maps are"),
         (torch.full((3, 64, 64), 2.0), r"has values in \[2, 2\]; maps are in \[0, 1\]"),
         (torch.zeros(3, 64, 128), "another aspect than the model's"),
-        (np.zeros((64, 64, 3)), "an array of float64"),
+        (np.zeros((64, 64, 3)), r"has the shape \[64, 64, 3\]; maps are"),
         ("edges.png", "is a str; pass an image"),
         ([], "the list of maps of the control canny is empty"),
     ],

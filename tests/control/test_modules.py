@@ -185,6 +185,90 @@ def test_the_other_side_of_guidance_is_without_control(
         assert difference > 0.02 if every_row else difference < 1e-5
 
 
+@every_kind
+def test_rows_that_are_dropped_are_the_base_s(
+    kind: str, build: Build, tiny_model: NextScaleTransformer, tiny_tokenizer: MultiscaleVQ
+) -> None:
+    """Dropout in training: the row without control, and only it, has the base's logits."""
+    module = build(kind)
+    tokens = tokens_of(draw(tiny_model, tiny_tokenizer))
+    part = attach(module, MAPS, Control(image=None, type="canny"))
+    keep = torch.tensor([True, False, True])
+    hooks = ControlHooks(tiny_model, [part], cached=False, keep=keep)
+    plain = forced(tiny_model, tiny_tokenizer, tokens)
+    some = forced(tiny_model, tiny_tokenizer, tokens, hooks)
+    assert torch.equal(some[1], plain[1])
+    assert (some - plain).abs().amax(dim=(1, 2))[[0, 2]].min() > 0.02
+
+
+def test_a_frozen_base_trains_in_evaluation_mode(
+    build: Build, build_model: Callable[..., NextScaleTransformer]
+) -> None:
+    base = build_model()
+    both = ControlledTransformer(base.requires_grad_(False), build("adapter")).train()
+    assert both.control.training
+    assert not any(module.training for module in base.modules())
+    assert (
+        ControlledTransformer(base.requires_grad_(True), build("adapter"))
+        .train()
+        .transformer.training
+    )
+
+
+def test_what_is_added_lies_at_the_cells_of_its_features(build: Build) -> None:
+    """Additive control: features of one cell change the stream at this position alone."""
+    module = build("additive")
+    part = attach(module, MAPS, Control(image=None, type="canny"))
+    changed = part.features.clone()
+    changed[:, 9] += 1
+    found = []
+    for features in (part.features, changed):
+        state = module.state(features, None, cached=False)  # pyright: ignore[reportArgumentType]
+        stream = torch.zeros(3, 30, 32)
+        found.append(
+            state.contribution(0, slice(0, 30), stream, torch.zeros(3, 1, 32), part.pictures)
+        )
+    assert found[0] is not None
+    assert found[1] is not None
+    moved = (found[1] - found[0]).abs().amax(dim=(0, 2)) > 0
+    assert moved.nonzero().flatten().tolist() == [9]
+
+
+@every_kind
+def test_an_offset_of_the_start_token_is_no_condition(
+    kind: str, build: Build, tiny_model: NextScaleTransformer, tiny_tokenizer: MultiscaleVQ
+) -> None:
+    """A learned start moves the start token; AdaLN of base and module see the condition itself."""
+    seen: list[Tensor] = []
+    module = build(kind)
+    state_of = module.state
+
+    def watched(*args: Any, **options: Any) -> Any:
+        state = state_of(*args, **options)
+        contribution = state.contribution
+
+        def watch(block: int, where: slice, x: Tensor, pooled: Tensor, pictures: Tensor) -> Any:
+            seen.append(pooled.clone())
+            return contribution(block, where, x, pooled, pictures)
+
+        state.contribution = watch
+        return state
+
+    module.state = watched
+    hooks = hooks_of(tiny_model, [module], cached=True)
+    draw(tiny_model, tiny_tokenizer, hooks=hooks, offset=torch.full((3, 32), 5.0))
+    condition = tiny_model.condition(LABELS).pooled[:, None]
+    assert all(torch.equal(pooled[:3], condition) for pooled in seen)
+
+
+def test_a_batch_encodes_and_projects_its_own_maps_alone(build: Build) -> None:
+    module = build("additive")
+    part = attach(module, MAPS, Control(image=None, type="canny"))
+    some = part[torch.tensor([2, 2, 0])]
+    assert len(some.features) == 2
+    assert torch.equal(some.features[some.pictures], part.features[[2, 2, 0]])
+
+
 # ---- both modes ------------------------------------------------------------------------------
 
 
@@ -444,6 +528,9 @@ def test_another_base_is_refused(
 @pytest.mark.parametrize(
     ("control", "message"),
     [
+        ({"strength": "abc"}, "control_scale is 'abc'"),
+        ({"strength": None}, "control_scale is None"),
+        ({"mask": torch.full((4, 4), 2.0)}, r"values in \[0, 1\], got \[2, 2\]"),
         ({"strength": 11.0}, r"control_scale is .*, but must lie in \[0, 10.0\]"),
         ({"strength": -1.0}, r"control_scale is .*, but must lie in \[0, 10.0\]"),
         ({"strength": (1.0, 1.0)}, "one for each of the 4 scales, got 2"),
@@ -451,7 +538,6 @@ def test_another_base_is_refused(
         ({"start_scale": 2, "end_scale": 2}, r"got \[2, 2\)"),
         ({"start_scale": 4}, r"got \[4, 4\)"),
         ({"end_scale": 9}, r"got \[0, 9\)"),
-        ({"mask": torch.full((8, 8), 2.0)}, r"a control mask is \[H, W\] with values in \[0, 1\]"),
     ],
 )
 def test_bad_settings_are_refused(control: dict[str, Any], message: str, build: Build) -> None:
@@ -490,6 +576,48 @@ def test_a_released_model_takes_a_module(kind: str, dtype: torch.dtype) -> None:
     for name, parameter in module.named_parameters():
         assert parameter.grad is not None, name
         assert bool(parameter.grad.isfinite().all()), name
+
+
+def test_sites_rise_and_are_named_once(build: Build, tiny_model: NextScaleTransformer) -> None:
+    record = ControlRecord(type="canny", resolution=(8, 8), base_fingerprint="")
+    for sites in ((1, 0), (0, 0)):
+        with pytest.raises(UserError, match="rise, each named once"):
+            build_control(AdapterConfig(sites=sites), tiny_model.config, record)
+
+
+@pytest.mark.parametrize("registers", [0, 2])
+def test_a_dinov2_encoder_opens_again_without_its_hub(
+    registers: int, tiny_model: NextScaleTransformer, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    kind = "Dinov2WithRegisters" if registers else "Dinov2"
+    config = getattr(transformers, f"{kind}Config")(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14,
+        **({"num_register_tokens": registers} if registers else {}),
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        getattr(transformers, f"{kind}Model")(config).save_pretrained(tmp_path / "hub")
+    encoder = EncoderConfig(kind="dinov2", name=str(tmp_path / "hub"))
+    record = ControlRecord(type="canny", resolution=(8, 8), base_fingerprint="")
+    sizes = AdditiveConfig(encoder=encoder, num_sites=1)
+    module = build_control(sizes, tiny_model.config, record).eval()
+    module.save_pretrained(tmp_path / "module")
+    (tmp_path / "hub").rename(tmp_path / "gone")
+    again = read_control(tmp_path / "module")
+    assert again.config.encoder.name == module.config.encoder.name
+    with torch.no_grad():
+        assert torch.equal(again.encode(MAPS), module.encode(MAPS))
+
+
+def test_a_timm_encoder_is_built(tiny_model: NextScaleTransformer) -> None:
+    pytest.importorskip("timm")
+    encoder = EncoderConfig(kind="timm", name="vit_tiny_patch16_224", pretrained=False)
+    record = ControlRecord(type="canny", resolution=(8, 8), base_fingerprint="")
+    sizes = AdditiveConfig(encoder=encoder, num_sites=1)
+    module = build_control(sizes, tiny_model.config, record)
+    with torch.no_grad():
+        assert module.encode(MAPS).shape == (3, 30, 192)
 
 
 def test_sites_are_spread_evenly() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -11,13 +9,13 @@ from torch import Tensor
 
 from nextscale.align.prompts import map_cache
 from nextscale.align.rewards.reward import CheckedReward, Metadata, Prompts, as_reward
-from nextscale.control.conditions import colour_labels, open_extractor
+from nextscale.control.conditions import Extractor, colour_labels
 from nextscale.data.images import to_uint8
 from nextscale.errors import UserError
 from nextscale.eval.controllability import METRIC_OF, agreement
 
 
-def consistency_reward(spec: str, **settings: Any) -> CheckedReward:
+def consistency_reward(extractor: Extractor) -> CheckedReward:
     """Agreement of a picture's control map with the one that it was drawn under, in [0, 1].
 
     ControlNet++ (arXiv 2404.07987) lets the gradient of this agreement through a differentiable
@@ -26,15 +24,13 @@ def consistency_reward(spec: str, **settings: Any) -> CheckedReward:
     in units of a metric's range become 1 - e.
 
     Args:
-        spec: The extractor, as `open_extractor` takes it.
-        settings: Of the extractor.
+        extractor: Makes the maps; of a control that is tuned, its own.
 
     Raises:
         UserError: For a type without a metric; when called, for pictures without a control picture.
     """
-    extractor = open_extractor(spec, **settings)
     if extractor.type not in METRIC_OF:
-        raise UserError(f"control_consistency:{spec}: there is no metric for {extractor.type}")
+        raise UserError(f"control_consistency: there is no metric for {extractor.type}")
     map_of = map_cache(extractor)
 
     def judge(

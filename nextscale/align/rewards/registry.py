@@ -71,7 +71,7 @@ def open_reward(
     | frechet_instance:EXEMPLARS | the same of each picture alone |
     | frechet_clip:EXEMPLARS[@MODEL] | the set reward in CLIP's space: also exemplar texts |
     | frechet_clip_instance:EXEMPLARS[@MODEL] | the same of each picture alone |
-    | control_consistency:TYPE[:SOURCE] | agreement with the control map, by an extractor |
+    | control_consistency[:TYPE[:SOURCE]] | agreement with the control map, by an extractor |
     | vendi | set reward: diversity in the bundled features |
     | pickscore, hpsv2, imagereward, aesthetic[:FILE] | preference models |
     | ocr[:PACKAGE] | share of the quoted text that is read in the picture |
@@ -183,8 +183,10 @@ def _frechet_clip_instance(argument: str | None, opening: Opening) -> AnyReward:
 
 def _consistency(argument: str | None, opening: Opening) -> AnyReward:
     from nextscale.align.rewards.control import consistency_reward
+    from nextscale.control import open_extractor
 
-    return consistency_reward(_needed("control_consistency", argument, "a type, such as canny"))
+    spec = _needed("control_consistency", argument, "a type (or --control), such as canny")
+    return consistency_reward(open_extractor(spec))
 
 
 def _vendi(argument: str | None, opening: Opening) -> AnyReward:
