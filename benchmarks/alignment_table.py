@@ -14,7 +14,7 @@ and after with equal seeds, drawn as rollouts are: at temperature 1 and without 
 candidates. Runs that are in the results are not run again, nor are those in --output_dir: an
 interrupted series goes on. `--rows` and `--seeds` choose. Writes
 benchmarks/results/alignment_SUITE.json, and the rollouts' rewards against samples drawn as
-docs/images/alignment_SUITE.png.
+docs/images/alignment_SUITE.png; `table` also prints itself as Markdown.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ CHECKER += "--prompts scenes:hard scenes:hard scenes:standard"
 VERDICT = "--reward_funcs checker --reward_weights 1 --prompts scenes:hard"
 B2 = f"--config b2-scenes --b2.num_stages 3 --b2.stage_rollouts 8 {RATE}"
 FIND = "--config find-scenes --learning_rate 1e-3"
+LARGE = "--num_prompts 96 --num_train_prompts 64"
 SETS = f"{RATE} --prompts scenes:standard --eval_prompts benchmark:standard "
 SETS += "--reward_funcs frechet:EXEMPLARS frechet_instance:EXEMPLARS vendi --reward_weights"
 SUITES: dict[str, dict[str, str]] = {
@@ -65,11 +66,11 @@ SUITES: dict[str, dict[str, str]] = {
         "DRAGON": f"--config dragon-scenes {RATE} {CHECKER}",
     },
     "sparse": {"GRPO": f"--config grpo-scenes {RATE} {VERDICT}", "B2-DiffuRL": f"{B2} {VERDICT}"},
-    "sets": {
-        "DRAGON, Fréchet": f"--config dragon-scenes {SETS} 1 0 0",
-        "GRPO, part of each in Fréchet": f"--config grpo-scenes {SETS} 1 0 0",
-        "GRPO, nearness of each": f"--config grpo-scenes {SETS} 0 1 0",
-        "DRAGON, Vendi": f"--config dragon-scenes {SETS} 0 0 1",
+    "sets": {  # six rollouts of 768 pictures, and four updates on each
+        "DRAGON, Fréchet": f"--config dragon-scenes --num_prompts 192 {SETS} 1 0 0",
+        "GRPO, part of each in Fréchet": f"--config grpo-scenes {LARGE} {SETS} 1 0 0",
+        "GRPO, nearness of each": f"--config grpo-scenes {LARGE} {SETS} 0 1 0",
+        "DRAGON, Vendi": f"--config dragon-scenes --num_prompts 192 {SETS} 0 0 1",
     },
     "find": {
         f"{name}, {count} rollouts": f"{FIND} {flags} --max_train_steps {count} "
@@ -192,7 +193,10 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def plot(rows: dict[str, Any], path: Path, total: int) -> None:
-    """Mean reward of the rollouts against samples drawn, one line per row, each seed beside it."""
+    """Mean reward of the rollouts against samples drawn, one line per row.
+
+    Each seed has a pale line beside it where rows are few.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -201,12 +205,12 @@ def plot(rows: dict[str, Any], path: Path, total: int) -> None:
         curves = [run["rollouts"] for run in row["runs"].values()]
         count = len(curves[0])
         samples = [total * (i + 1) / count for i in range(count)]
-        for curve in curves:
+        for curve in curves if len(rows) < 4 else ():
             axes.plot(samples, curve, color=f"C{number}", alpha=0.25)
         mean = [statistics.mean(values) for values in zip(*curves, strict=True)]
         axes.plot(samples, mean, color=f"C{number}", label=name)
     axes.set(xlabel="samples drawn", ylabel="mean reward of the rollouts")
-    axes.legend()
+    figure.legend(loc="outside right upper")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 
@@ -219,6 +223,44 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, str]:
         k: f"{statistics.mean(v):.4g}" + (f" ± {statistics.stdev(v):.2g}" if len(v) > 1 else "")
         for k, v in columns.items()
     }
+
+
+def markdown(rows: dict[str, Any]) -> str:
+    """The suite `table` as docs/align.md has it: means over seeds, differences of each."""
+    head = "| | seeds | rollouts, last half | `hard` | difference, each seed | `standard` | Vendi "
+    lines = [f"{head}| `fd_scenes`, `hard` | nats | minutes | MB |", "|---" * 11 + "|"]
+    base = next(iter(rows["base"]["runs"].values()))
+    first = next(iter(rows["GRPO"]["runs"].values()))
+    half = "last_half/rewards/checker/mean"
+    before = [100 * base[half], 100 * first["hard/checker/before"]]
+    before += [100 * first["standard/checker/before"]]
+    vendi, distance = (first[f"hard/{k}/before"] for k in ("vendi_within_prompt", "fd_scenes"))
+    lines.append(
+        f"| base | | {before[0]:.1f} | {before[1]:.1f} | | {before[2]:.1f} | {vendi:.3f} "
+        f"| {distance:.1f} | 0 | | |"
+    )
+    for name, row in rows.items():
+        if name == "base":
+            continue
+        runs = list(row["runs"].values())
+        differences = []
+        for run in runs:
+            change = 100 * (run["hard/checker/after"] - run["hard/checker/before"])
+            low, high = (100 * x for x in run["hard/checker/ci95"])
+            differences.append(f"{change:+.1f} ({low:.1f} to {high:.1f})")
+
+        def mean(key: str, runs: list[dict[str, Any]] = runs) -> float:
+            return statistics.mean(run[key] for run in runs)
+
+        lines.append(
+            f"| {name} | {len(runs)} | {100 * mean(half):.1f} "
+            f"| {100 * mean('hard/checker/after'):.1f} | {', '.join(differences)} "
+            f"| {100 * mean('standard/checker/after'):.1f} "
+            f"| {mean('hard/vendi_within_prompt/after'):.3f} "
+            f"| {mean('hard/fd_scenes/after'):.1f} | {mean('kl'):.1f} | {mean('minutes'):.1f} "
+            f"| {mean('peak_memory_mb'):.0f} |"
+        )
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -273,6 +315,8 @@ def main() -> None:
                 "rows": table,
             }
             output.write_text(json.dumps(result, indent=1) + "\n")
+    if options.suite == "table" and {"base", "GRPO"} <= set(table):
+        print(markdown(table))
     if options.suite == "find":  # the longest of each kind
         table = {k: v for k, v in table.items() if k.endswith(f" {ROLLOUTS[-1]} rollouts")}
         total = ROLLOUTS[-1] * SAMPLES
