@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from nextscale.align.erasure.concepts import OPPOSITE
 from nextscale.align.erasure.data import Recognise
 from nextscale.align.erasure.pairs import ConceptPair
 from nextscale.data.captions import FILLS, SIZES, Caption, Group, parse
@@ -200,9 +201,8 @@ def _turned(caption: Caption, i: int) -> Caption | None:
     if caption.relation is None:
         groups = tuple(reversed(caption.groups))
         return replace(caption, groups=groups) if len(groups) > 1 else None
-    other = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
     first, second, *rest = caption.groups
-    return Caption((second, first, *rest), other[caption.relation])
+    return Caption((second, first, *rest), OPPOSITE[caption.relation])
 
 
 PARAPHRASES: dict[str, Callable[[Caption, int], Caption | None]] = {
