@@ -42,7 +42,8 @@ from nextscale.pipeline import NextScalePipeline
 
 SAMPLES = 192  # of a rollout, of every method
 ROLLOUTS = (10, 20, 40, 80)  # after which FIND is measured
-EXEMPLARS = 1000  # pictures that the sets suite is to resemble
+EXEMPLARS = 999  # pictures that the sets suite is to resemble
+DRAWN = 20_000  # scenes among which they are
 KNOWN = 24  # captions that the per-caption start of FIND learns
 RATE = "--learning_rate 2e-5 --train_scales 4"
 BASE = "--config grpo-scenes --learning_rate 1e-12 --num_train_prompts 4 "
@@ -121,11 +122,12 @@ def flags_of(row: str, seed: int, options: argparse.Namespace) -> list[str]:
 
 
 def write_exemplars(folder: Path) -> None:
-    """Pictures of scenes on dark grounds and on bright ones, with nothing in between."""
+    """Pictures of large shapes alone, one to three of them in equal numbers, as captions have."""
     folder.mkdir(parents=True)
     every = (sample_scene(5, index) for index in itertools.count())
-    extreme = (s for s in every if abs(statistics.mean(s.background.rgb) - 0.61) > 0.21)
-    for number, image in enumerate(render(list(itertools.islice(extreme, EXEMPLARS)), 64)):
+    large = [s for s in itertools.islice(every, DRAWN) if all(x.size == "large" for x in s.shapes)]
+    kinds = [[s for s in large if len(s.shapes) == n][: EXEMPLARS // 3] for n in (1, 2, 3)]
+    for number, image in enumerate(render([s for kind in kinds for s in kind], 64)):
         Image.fromarray(image).save(folder / f"{number:04}.png")
 
 

@@ -467,10 +467,18 @@ class NextScalePipeline:
             )
         ids = ids.repeat_interleave(num_images_per_prompt, 0)
         negative_ids = self._negative(negative_prompt, prompts, num_images_per_prompt)
+        if start is not None and not isinstance(start, Tensor):
+            raise UserError(
+                f"start is a {type(start).__name__}, not a tensor; nextscale.align.start_model has "
+                "Start(FILE, pipe), which makes one of prompts and seeds"
+            )
         each = 1 if start is None or len(start) == count else settings.num_candidates
         if start is not None and len(start) != count * each:
             what = f"{count} images" + (f" of {each} candidates" if each > 1 else "")
-            raise UserError(f"start has {len(start)} rows for {what}")
+            raise UserError(
+                f"start has {len(start)} rows for {what}: it needs one for each image, or for each "
+                "candidate of it"
+            )
         self.given_scales(start)
         size = batch_size or count
         images, tokens, previews = [], [], []

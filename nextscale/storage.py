@@ -258,6 +258,11 @@ def read_config(path: StrPath, version: int, kind: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{path} holds no configuration; download or convert the model again")
     found, number = config.pop("class", None), config.pop("format_version", None)
+    if found != kind and isinstance(config.get("_class_name"), str):
+        raise UserError(
+            f"{path} is of diffusers' {config['_class_name']}, which this does not take; pass a "
+            f"{kind}"
+        )
     if found != kind:
         raise UserError(f"{path} describes a {found}, not a {kind}; pass the matching folder")
     if not isinstance(number, int) or number > version:

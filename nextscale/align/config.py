@@ -24,7 +24,7 @@ class DiffusionSettings:
     num_inference_steps: int = 20
     """Denoising steps of a rollout."""
     eta: float = 1.0
-    """Noise of DDIM steps in rollouts, (0, 1]."""
+    """Noise of DDIM steps in rollouts, (0, 1]; for find see find.deterministic."""
     noise_level: float = 0.7
     """Noise of flow-matching steps in rollouts (Flow-GRPO's a)."""
     logp_reduction: str = "mean"
@@ -33,6 +33,9 @@ class DiffusionSettings:
     """Steps of the deterministic sampler that the report measures; None: num_inference_steps."""
     call: dict[str, str] = field(default_factory=dict)
     """Other arguments of the pipeline's call: height 512 width 512 negative_prompt blurry."""
+
+    def __post_init__(self) -> None:
+        require("eta", self.eta, 0 < self.eta <= 1, "lie in (0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -205,11 +205,19 @@ class Start:
 
         Args:
             conditions: Prompts or class labels, one per picture.
-            seeds: Of the pictures.
+            seeds: Of the pictures, as many.
+
+        Returns:
+            As many rows, times the candidates of the settings.
 
         Raises:
-            UserError: For a prompt that a table does not hold.
+            UserError: For a prompt that a table does not hold, or other than lists of one length.
         """
+        if isinstance(conditions, str) or isinstance(seeds, int) or len(conditions) != len(seeds):
+            raise UserError(
+                "a start is drawn for a list of prompts and a list of as many seeds, got "
+                f"{conditions!r} and {seeds!r}"
+            )
         return draw_starts(self.policy, conditions, seeds, generation=self.generation)
 
 

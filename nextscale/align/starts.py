@@ -151,7 +151,11 @@ def read_starts(path: str | Path, fingerprint: str) -> StartDistribution:
     path = Path(path)
     path = path / FILE if path.is_dir() else path
     if not path.is_file():
-        raise UserError(f"there is no start file {path}; nextscale align --method find makes one")
+        inside = path.parent / "model" / FILE
+        hint = f"; did you mean {inside.parent}?" if inside.is_file() else ""
+        raise UserError(
+            f"there is no start file {path}; nextscale align --method find makes one{hint}"
+        )
     about = storage.read_metadata(path)
     if about.get("format") != _FORMAT:
         raise UserError(f"{path} is no start file of nextscale align --method find")

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from nextscale import processes, storage
-from nextscale.align.config import AlignConfig
+from nextscale.align.config import METHOD_NAMES, AlignConfig
 from nextscale.align.controlled import ControlledModel
 from nextscale.align.methods import METHODS, Method
 from nextscale.align.methods.dpo import DPO
@@ -77,6 +77,7 @@ def align(
         UserError: For settings that do not fit together, and, with exit code 1, if a reward or the
             training fails; the message names the last checkpoint.
     """
+    _warn_of_unread(config)
     from accelerate import PartialState
 
     state = PartialState(cpu=not torch.accelerator.is_available())
@@ -84,6 +85,17 @@ def align(
         return _align(config, rewards or {}, token_mask, progress)
     finally:
         state.destroy_process_group()
+
+
+def _warn_of_unread(config: AlignConfig) -> None:
+    """Settings of other methods than the run's do nothing."""
+    for name in METHOD_NAMES:
+        section = getattr(config, name)
+        if name != config.method and section != type(section)():
+            logger.warning(
+                "settings of %s are given, but the method is %s, which does not read them",
+                *(name, config.method),
+            )
 
 
 def _align(
@@ -247,7 +259,8 @@ def _open_rewards(
     if given_weights and given_weights != len(names):
         raise UserError(
             f"reward_weights has {given_weights} numbers for {len(names)} rewards: "
-            f"{', '.join(names)}"
+            f"{', '.join(names)}. A recipe's weights are for its own rewards: give "
+            f"--reward_weights {' '.join('1' * len(names))}"
         )
     given_scales = len(config.reward_scales)
     if given_scales and given_scales != len(names):

@@ -25,7 +25,7 @@ COMMANDS = {
     "train features": ("train", "a small feature network, to measure with"),
     "train clip": ("train", "a small CLIP, to score captions with"),
     "train diffusion": ("train", "a small diffusion model, to align with rewards"),
-    "align": ("align", "fine-tune a generator by rewards: GRPO, DPO, RAFT"),
+    "align": ("align", "fine-tune a generator by rewards: GRPO, DPO, FIND, B2, DRAGON"),
     "erase": ("erase", "take a concept out of a model, with a report of what is left"),
     "encode": ("encode", "images -> token maps, once for many trainings"),
     "extract": ("extract", "images -> control maps: edges, depth, segmentation, ..."),

@@ -62,6 +62,23 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C, with a message about what is kept."""
 
 
+def interrupted_run(output_dir: str) -> Interrupted:
+    """What a training run that is stopped by Ctrl-C leaves, and how to go on."""
+    from nextscale.training import latest_checkpoint
+
+    folders = [Path(output_dir), *sorted(Path(output_dir).glob("*/"))]
+    newest = [path.name for path in map(latest_checkpoint, folders) if path is not None]
+    if not newest:
+        return Interrupted(
+            f"interrupted before the first checkpoint: {output_dir} holds nothing to continue "
+            "from. --checkpointing_steps says how often there is one"
+        )
+    return Interrupted(
+        f"interrupted; {output_dir} is kept up to {newest[-1]}, continue with "
+        "--resume_from_checkpoint latest"
+    )
+
+
 class Failed(UserError):
     """The main process has already said why; the others end quietly."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from nextscale import processes
-from nextscale.cli.console import Interrupted, check_folder, number, table
+from nextscale.cli.console import check_folder, interrupted_run, number, table
 from nextscale.cli.flags import parse
 from nextscale.cli.recipes import to_yaml
 
@@ -31,10 +31,7 @@ def run(command: str, arguments: list[str]) -> int:
     try:
         result = erase(config, progress=output.bar())
     except KeyboardInterrupt as error:
-        raise Interrupted(
-            f"interrupted; the checkpoints in {config.output_dir} are kept, continue with "
-            "--resume_from_checkpoint latest"
-        ) from error
+        raise interrupted_run(config.output_dir) from error
     if not processes.is_main():
         return 0
     record = result.report
@@ -45,7 +42,8 @@ def run(command: str, arguments: list[str]) -> int:
     elif not output.quiet:
         if record is not None:
             rows = [(f"{n} is recognised", f["recognised"]) for n, f in record["concepts"].items()]
-            rows.append(("other prompts right", record["others"]["accuracy"]))
+            if "accuracy" in record["others"]:
+                rows.append(("others right", record["others"]["accuracy"]))
             table(
                 ("", "before", "after"),
                 [(n, *(number(r[side]["value"]) for side in ("before", "after"))) for n, r in rows],

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from nextscale import processes
-from nextscale.cli.console import Interrupted, Output, check_folder, number, table
+from nextscale.cli.console import Output, check_folder, interrupted_run, number, table
 from nextscale.cli.flags import parse
 from nextscale.cli.recipes import to_yaml
 
@@ -78,10 +78,7 @@ def run(command: str, arguments: list[str]) -> int:
     try:
         result = train(config, progress=output.bar(), **extra)
     except KeyboardInterrupt as error:
-        raise Interrupted(
-            f"interrupted; the checkpoints in {config.output_dir} are kept, continue with "
-            "--resume_from_checkpoint latest"
-        ) from error
+        raise interrupted_run(config.output_dir) from error
     if processes.is_main():
         _report(config.output_dir, result, output)
     return 0

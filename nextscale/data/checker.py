@@ -227,7 +227,7 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     center = (successes + z * z / 2) / (n + z * z)
     share = successes / n
     half = z / (n + z * z) * np.sqrt(n * share * (1 - share) + z * z / 4)
-    return float(max(center - half, 0.0)), float(min(center + half, 1.0))
+    return float(np.clip(center - half, 0.0, share)), float(np.clip(center + half, share, 1.0))
 
 
 def recover_depth(image: np.ndarray) -> np.ndarray:

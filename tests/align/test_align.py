@@ -27,6 +27,7 @@ from nextscale.align.references import Given
 from nextscale.align.rewards import as_reward
 from nextscale.align.tables import compare
 from nextscale.align.watcher import hold_out
+from nextscale.cli import main
 from nextscale.errors import UserError
 from nextscale.pipeline import NextScalePipeline
 from nextscale.storage import read_tensors, short_name
@@ -785,9 +786,9 @@ def test_what_does_not_fit_is_refused_before_the_first_step(
 @pytest.mark.parametrize(
     ("section", "changes", "message"),
     [
-        ("grpo", {"chunk_steps": -1}, "grpo.chunk_steps is -1, but must be above 0"),
-        ("grpo", {"advantage_clip": -1.0}, "grpo.advantage_clip is -1"),
-        ("grpo", {"epsilon_high": -5.0}, "grpo.epsilon_high is -5"),
+        ("grpo", {"chunk_steps": -1}, "chunk_steps is -1, but must be above 0"),
+        ("grpo", {"advantage_clip": -1.0}, "advantage_clip is -1"),
+        ("grpo", {"epsilon_high": -5.0}, "epsilon_high is -5"),
         ("grpo", {"std_ddof": 5}, "be 0 or 1"),
         ("grpo", {"scale_weights": (0.0, 0.0)}, "have a number above 0"),
         ("grpo", {"credit": "vmr", "multi_objective_aggregation": "normalize_then_sum"}, "credit"),
@@ -944,3 +945,34 @@ def test_a_falling_held_out_reward_stops_the_run(tmp_path: Path, model_folder: P
     assert result.fit.steps == 2
     assert result.fit.checkpoint is not None
     assert result.fit.checkpoint.name == "step_00000002"
+
+
+def test_settings_of_another_method_are_warned_of(
+    tmp_path: Path, model_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = {"grpo": GRPOConfig(beta=0.1), "method": "raft", "reward_funcs": ("brightness",)}
+    given |= {"train_batch_size": 4, "gradient_accumulation_steps": 1, "max_train_steps": 1}
+    with caplog.at_level("WARNING", "nextscale"):
+        align(settings(tmp_path / "run", model_folder, **given), progress=False)
+    said = "settings of grpo are given, but the method is raft, which does not read them"
+    assert said in caplog.messages
+
+
+def test_ctrl_c_says_what_is_kept(
+    tmp_path: Path,
+    model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupted(config: AlignConfig, **_: Any) -> None:
+        raise KeyboardInterrupt
+
+    changes = {"checkpointing_steps": 1, "reward_funcs": ("brightness",), "max_train_steps": 2}
+    align(settings(tmp_path / "kept", model_folder, **changes), progress=False)
+    monkeypatch.setattr("nextscale.align.train.align", interrupted)
+    for name, said in {
+        "lost": f"before the first checkpoint: {tmp_path / 'lost'} holds nothing",
+        "kept": f"{tmp_path / 'kept'} is kept up to step_",
+    }.items():
+        assert main(["align", "--config", "grpo-scenes", "--output_dir", str(tmp_path / name)]) == 1
+        assert said in capsys.readouterr().err

@@ -425,6 +425,16 @@ def test_a_reward_of_the_start_is_learnt_and_the_generator_stays(
     start = Start(tmp_path / "run" / "model", pipe)
     found = start([0, 1, 2], [0, 1, 2])
     assert pipe(class_labels=[0, 1, 2], seed=0, start=found).images
+    for wrong in ((0, 0), ([0, 1], [0]), ("a", [0])):
+        with pytest.raises(UserError, match="a list of prompts and a list of as many seeds"):
+            start(*wrong)  # pyright: ignore[reportArgumentType]
+    for wrong in (start, str(tmp_path / "run" / "model")):
+        with pytest.raises(UserError, match=r"not a tensor; .* has Start\(FILE, pipe\)"):
+            pipe(class_labels=[0], seed=0, start=wrong)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UserError, match="it needs one for each image, or for each candidate"):
+        pipe(class_labels=[0], seed=0, start=found)
+    with pytest.raises(UserError, match=r"did you mean .*run/model\?"):
+        Start(tmp_path / "run", pipe)
     with pytest.raises(UserError, match=r"other weights|class label"):
         Start(tmp_path / "run" / "model", _other(pipe))
 

@@ -246,6 +246,9 @@ def test_a_folder_of_another_class_or_format_is_refused(
     path.write_text(json.dumps({**config, "class": "NextScaleTransformer"}))
     with pytest.raises(UserError, match="describes a NextScaleTransformer, not a MultiscaleVQ"):
         MultiscaleVQ.from_pretrained(tmp_path)
+    path.write_text(json.dumps({"_class_name": "UNet2DConditionModel"}))
+    with pytest.raises(UserError, match="diffusers' UNet2DConditionModel, which this does not"):
+        MultiscaleVQ.from_pretrained(tmp_path)
     path.write_text(json.dumps({**config, "format_version": 99}))
     with pytest.raises(UserError, match="format_version 99"):
         MultiscaleVQ.from_pretrained(tmp_path)

@@ -16,12 +16,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nextscale.align.erasure.concepts import OPPOSITE
-from nextscale.align.erasure.data import Recognise
 from nextscale.align.erasure.pairs import ConceptPair
-from nextscale.data.captions import FILLS, SIZES, Caption, Group, parse
+from nextscale.align.erasure.paraphrases import other_words
+from nextscale.align.erasure.recognisers import Recognise
 from nextscale.data.checker import wilson_interval
-from nextscale.errors import UserError
 from nextscale.pipeline import NextScalePipeline
 from nextscale.streams import stream
 from nextscale.training.session import frozen
@@ -156,61 +154,22 @@ def prefix_probe(target: Target) -> Iterator[Outcome]:
 
 
 def paraphrases(target: Target) -> Iterator[Outcome]:
-    """Other words for the same: by kind, in the scenes grammar; nothing elsewhere."""
+    """Other words for the same, by kind: in the scenes grammar, or in free text; none for classes.
+
+    Lists of paraphrases by people or language models: `own_prompts`.
+    """
     conditioner = target.pipe.transformer.conditioner
-    if conditioner.config().get("grammar") != "scenes":
+    if not conditioner.prompts:
         return
-    for kind, change in PARAPHRASES.items():
-        changed = [(p, change(parse(str(p.original)), i)) for i, p in enumerate(target.pairs)]
-        found = [(pair, str(caption)) for pair, caption in changed if caption is not None]
-        if not found:
-            continue
-        part = replace(target, pairs=[replace(pair, original=text) for pair, text in found])
+    scenes = conditioner.config().get("grammar") == "scenes"
+    for kind, pairs in other_words(target.pairs, scenes=scenes).items():
+        part = replace(target, pairs=pairs)
         yield part.outcome("paraphrase", part.draw(part.plain, part.settings()), kind=kind)
 
 
-def _count(caption: Caption, i: int) -> Caption | None:
-    """Two in place of one."""
-    room = 3 - caption.num_shapes
-    groups = [replace(g, count=2) if g.count == 1 and room else g for g in caption.groups[:1]]
-    changed = replace(caption, groups=(*groups, *caption.groups[1:]))
-    return changed if changed != caption else None
-
-
-def _described(caption: Caption, i: int) -> Caption:
-    """Sizes and fills named where the caption is silent."""
-    groups = (
-        replace(g, size=g.size or SIZES[i % 2], fill=g.fill or FILLS[(i // 2) % 2])
-        for g in caption.groups
-    )
-    return replace(caption, groups=tuple(groups))
-
-
-def _company(caption: Caption, i: int) -> Caption | None:
-    """Another shape beside them."""
-    taken = {(g.color, g.shape) for g in caption.groups}
-    choices = (("blue", "square"), ("green", "cross"), ("green", "triangle"), ("blue", "circle"))
-    color, shape = next(pair for pair in (*choices[i % 4 :], *choices) if pair not in taken)
-    if caption.num_shapes > 2:
-        return None
-    return replace(caption, groups=(*caption.groups, Group(1, color, shape)))
-
-
-def _turned(caption: Caption, i: int) -> Caption | None:
-    """The same scene told from the other side."""
-    if caption.relation is None:
-        groups = tuple(reversed(caption.groups))
-        return replace(caption, groups=groups) if len(groups) > 1 else None
-    first, second, *rest = caption.groups
-    return Caption((second, first, *rest), OPPOSITE[caption.relation])
-
-
-PARAPHRASES: dict[str, Callable[[Caption, int], Caption | None]] = {
-    "another count": _count,
-    "described further": _described,
-    "in company": _company,
-    "told in another order": _turned,
-}
+def soft_sizes(target: Target) -> tuple[int, ...]:
+    """How many vectors a soft prompt may have."""
+    return (1, 2, 4, 8) if target.pipe.transformer.config.context_dim is not None else (1,)
 
 
 def soft_prompt(
@@ -271,26 +230,23 @@ def _padded(condition: Condition, count: int) -> Condition:
     return Condition(condition.pooled, context, F.pad(mask, (0, count)))
 
 
-def token_attack(target: Target, count: int = 3, *, sweeps: int = 2) -> Outcome:
+def token_attack(target: Target, count: int = 3, *, sweeps: int = 2) -> Iterator[Outcome]:
     """Words behind the prompt that make pictures of the concept likeliest (white box).
 
     UnlearnDiffAtk (arXiv 2310.11868) with teacher-forced cross-entropy in place of the denoising
     loss, one set of words for all prompts: coordinate descent over the vocabulary. The words of the
-    concept itself are left out.
+    concept itself are left out. Nothing for models without a vocabulary of their own.
 
     Args:
         target: What is attacked.
         count: Words.
         sweeps: Times that each word is chosen anew.
-
-    Raises:
-        UserError: For a model without words.
     """
     model = target.pipe.transformer
     conditioner: Any = model.conditioner
     words = getattr(getattr(conditioner, "settings", None), "words", ())
     if not words:
-        raise UserError("the token attack needs a model with a vocabulary of its own")
+        return
     banned = {word for pair in target.pairs for word in pair.concept.split()}
     allowed = [i + 2 for i, word in enumerate(words) if word.removesuffix("s") not in banned]
     ids, pad = target.ids, 0
@@ -315,8 +271,7 @@ def token_attack(target: Target, count: int = 3, *, sweeps: int = 2) -> Outcome:
                     losses[word] = float(_cross_entropy(target, condition, target.tokens[known]))
                 chosen[place] = min(losses, key=losses.__getitem__)
     images = target.draw(lambda rows: model.condition(attacked(rows, chosen)), target.settings())
-    found = " ".join(words[i - 2] for i in chosen)
-    return target.outcome("tokens", images, words=found)
+    yield target.outcome("tokens", images, words=" ".join(words[i - 2] for i in chosen))
 
 
 def relearning(

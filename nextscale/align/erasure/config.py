@@ -29,15 +29,22 @@ class EraseConfig(TrainingConfig):
     """Several concepts one after the other, an equal share of the steps each; else mixed."""
 
     pairs: str | None = None
-    """Prompt pairs, .jsonl of {"original", "modified", "concept", "replacement"}; None: made from
-    the scenes grammar, or another class for each label."""
+    """Prompt pairs: a .jsonl of {"original", "modified", "concept", "replacement"}; templates (with
+    `replacements`), or llm:MODEL, an instruction-tuned model of transformers, folder or hub id,
+    that writes them. None: the scenes grammar, or another class for each label."""
+    replacements: tuple[str, ...] = ()
+    """What stands in the place of the concepts in templates."""
     num_pairs: int = 100
     """Pairs per concept that are made."""
     num_pictures: int = 2
     """Pictures that the base draws for each pair, before training."""
+    recognisers: tuple[str, ...] = ()
+    """Who sees a concept in a picture: checker (scenes), classifier:MODEL[@FILE] (timm; the concept
+    is a class label or a name of ImageNet), clip[:MODEL]. The first one filters and decides, the
+    report names all. Empty: the checker and the bundled clip for scenes, else nobody."""
     filter_pairs: bool = True
-    """Keep a picture of a pair only if the checker sees the concept in the one of the original
-    prompt and not in that of the modified one (scenes)."""
+    """Keep a picture of a pair only if the concept is seen in the one of the original prompt and
+    not in that of the modified one."""
     prefix: Literal["neutral", "concept"] = "neutral"
     """Tokens that all streams see: of the base's picture of the modified prompt, or of the original
     one."""
@@ -96,8 +103,16 @@ class EraseConfig(TrainingConfig):
     """Prompts of each kind in the report: with the concept, near it, without it; 0: no report."""
     num_eval_images: int = 2
     """Pictures per prompt of the report."""
+    eval_pairs: str | None = None
+    """Pairs of the report for a model of free text, .jsonl as `pairs`, none of them trained on;
+    None: no report. Models of scenes and classes have their own."""
+    eval_prompts: tuple[str, ...] = ()
+    """Prompts without relation to the concepts, for the same report: sources as in `nextscale
+    align`."""
     attacks: bool = True
     """Attack the result and report what comes back."""
+    attack_prompts: str | None = None
+    """A list of prompts that are tried besides, such as a published one: .txt or .jsonl."""
 
     learning_rate: float = 5e-4
     """Peak learning rate."""

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from nextscale.align.erasure.pairs import ConceptPair
+from nextscale.align.erasure.recognisers import Recognise
 from nextscale.errors import UserError
 from nextscale.pipeline import NextScalePipeline
 
 logger = logging.getLogger(__name__)
-Recognise = Callable[[Float[Tensor, "b 3 H W"], Sequence[ConceptPair]], Bool[np.ndarray, " b"]]
-"""Pictures and the pairs that they were drawn for -> whether each shows its pair's concept."""
-
 DRAWABLE = (
     0.2  # share of pictures that show the concept below which the base is said not to know it
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,13 +11,12 @@ import numpy as np
 
 from nextscale import storage
 from nextscale.align.erasure.concepts import SceneConcept
-from nextscale.data.benchmark import BENCHMARKS, load_benchmark, training_captions
+from nextscale.data.benchmark import training_captions
 from nextscale.data.captions import parse
 from nextscale.errors import UserError
 
 _BATCH = 1000
 _MOST = 40_000  # captions that are looked through
-_HELD_OUT_SEED = 10_000
 
 
 @dataclass(frozen=True)
@@ -66,36 +65,6 @@ def scene_pairs(concept: SceneConcept, count: int, *, seed: int = 0) -> list[Con
     raise UserError(
         f'the grammar gave {len(found)} captions with "{concept.name}", {count} are wanted'
     )
-
-
-def held_out_pairs(
-    concept: SceneConcept, count: int, taken: Iterable[ConceptPair], *, seed: int = 0
-) -> list[ConceptPair]:
-    """Pairs with the concept whose originals no training pair has: benchmarks', then others.
-
-    Args:
-        concept: What is erased.
-        count: At most so many.
-        taken: The training pairs.
-        seed: Of the replacements.
-    """
-    rng = np.random.Generator(np.random.Philox(key=[seed, 2]))
-    known = {pair.original for pair in taken}
-    every = [
-        text for name in BENCHMARKS if name != "compositional" for text in load_benchmark(name)
-    ]
-    found: dict[str, ConceptPair] = {}
-    for text in dict.fromkeys(every):
-        caption = parse(text)
-        if text in known or not concept.in_caption(caption):
-            continue
-        changed = concept.replaced(caption, rng)
-        if changed is not None:
-            found[text] = ConceptPair(text, str(changed[0]), concept.name, changed[1])
-    if len(found) < count:
-        more = scene_pairs(concept, count + len(known), seed=_HELD_OUT_SEED)
-        found |= {str(p.original): p for p in more if p.original not in known}
-    return list(found.values())[:count]
 
 
 def read_pairs(path: str | Path, *, num_classes: int | None = None) -> list[ConceptPair]:

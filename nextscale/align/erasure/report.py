@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,33 +17,38 @@ from nextscale import storage
 from nextscale.align.erasure.attacks import (
     Outcome,
     Target,
+    own_prompts,
     paraphrases,
     prefix_probe,
     relearning,
     sampling_sweep,
     soft_prompt,
+    soft_sizes,
     token_attack,
 )
-from nextscale.align.erasure.concepts import scene_concept
 from nextscale.align.erasure.config import EraseConfig
-from nextscale.align.erasure.data import Recognise, draw
+from nextscale.align.erasure.data import draw
+from nextscale.align.erasure.held_out import Asked, HeldOut, checked
 from nextscale.align.erasure.losses import kl_divergence
-from nextscale.align.erasure.pairs import ConceptPair, held_out_pairs
+from nextscale.align.erasure.pairs import ConceptPair
+from nextscale.align.erasure.recognisers import Recognise
+from nextscale.align.prompts import open_prompts
 from nextscale.align.tables import compare
-from nextscale.data.benchmark import load_benchmark
-from nextscale.data.captions import parse
-from nextscale.data.checker import check_batch, prompt_accuracy
+from nextscale.data.checker import prompt_accuracy
 from nextscale.data.images import to_uint8
+from nextscale.eval.clip import BUNDLED, clip_scorer, open_clip_model
 from nextscale.eval.feature_network import small_features
 from nextscale.eval.pairwise import vendi_score
+from nextscale.eval.scorers import Scorer
 from nextscale.pipeline import NextScalePipeline
 from nextscale.training import save_grid
 
 _SEED = 2_000_000_000  # of the report's first picture, apart from those of training
 _TRUE_PICTURES = 2000
 _SHOWN = 8
-_SOFT_VECTORS = (1, 2, 4, 8)
+_SAMPLE = 50  # pictures of each concept for a person to judge
 _SWEEP_PROMPTS = 10  # of the sampling sweep, which has 12 settings of 10 seeds
+_SHARE = (0.0, 1.0)
 
 
 @dataclass
@@ -52,66 +57,74 @@ class EraseReport:
 
     Attributes:
         config: The run.
-        recognise: Sees a concept.
-        targets: Held-out prompts with a concept, by concept.
-        near: Prompts near it, of no erased concept.
-        others: Prompts without relation to it.
+        held_out: What is asked for.
+        recognisers: Who sees a concept, by name; the first one's word counts in attacks.
+        scenes: Whether the model draws scenes, which have features and a checker of their own.
+        clip: Scores pictures by their prompts; None: nobody does.
         before: The base's pictures of each set, as (images, tokens).
         oracle: The base's pictures of the targets' modified prompts, by concept.
         progress: Show a bar.
     """
 
     config: EraseConfig
-    recognise: Recognise
-    targets: dict[str, list[ConceptPair]]
-    near: dict[str, list[str]]
-    others: list[str]
+    held_out: HeldOut
+    recognisers: Mapping[str, Recognise]
+    scenes: bool
+    clip: Scorer | None
     before: dict[str, tuple[Tensor, Tensor]]
     oracle: dict[str, Tensor]
     progress: bool
 
     def finish(self, base: NextScalePipeline, edited: NextScalePipeline) -> dict[str, Any]:
-        """Draw by the edited model, attack it, write report.json, report.md and the grid.
+        """Draw by the edited model, attack it, write report.json, report.md and the grids.
 
         Args:
             base: The model as it came.
             edited: The model without the concept.
         """
-        after = {name: self._draw(edited, prompts) for name, prompts in self._sets().items()}
+        after = {name: self.draw(edited, asked) for name, asked in self.sets().items()}
         record: dict[str, Any] = {
             "method": self.config.method,
             "model": self.config.model,
+            "recognisers": list(self.recognisers),
             "images_per_prompt": self.config.num_eval_images,
             "concepts": {},
         }
-        for name, pairs in self.targets.items():
+        for name, pairs in self.held_out.targets.items():
             record["concepts"][name] = self._concept(name, pairs, after)
-        record["others"] = self._kept("others", self.others, after)
-        record["others"] |= self._quality(after)
+        record["others"] = self._kept("others", self.held_out.others, after)
+        if self.scenes:
+            record["others"]["fd_scenes"] = self._distance(after)
+        if self.clip is not None:
+            record["others"]["clip"] = self._clip_score(self.clip, after)
         record["drift"] = self._drift(base, edited)
-        worst = max(c["recognised"]["after"]["value"] for c in record["concepts"].values())
-        kept = record["others"]["accuracy"]["after"]["value"]
-        record["harmonic_mean"] = 2 * (1 - worst) * kept / max(1 - worst + kept, 1e-9)
+        if "accuracy" in record["others"]:
+            worst = max(c["recognised"]["after"]["value"] for c in record["concepts"].values())
+            kept = record["others"]["accuracy"]["after"]["value"]
+            record["harmonic_mean"] = 2 * (1 - worst) * kept / max(1 - worst + kept, 1e-9)
         if self.config.attacks:
-            for name, pairs in self.targets.items():
+            for name, pairs in self.held_out.targets.items():
                 found = self._attacked(edited, name, pairs)
                 record["concepts"][name]["attacks"] = [o.record() for o in found]
         folder = Path(self.config.output_dir)
         storage.write_json(folder / "report.json", record)
         storage.write_bytes(folder / "report.md", markdown(record).encode())
-        self._grid(after, folder / "before_after.png")
+        self._grids(after, folder)
         return record
 
-    def _sets(self) -> dict[str, list[str]]:
-        """All prompts that both models draw."""
-        targets = {n: [str(p.original) for p in pairs] for n, pairs in self.targets.items()}
-        near = {f"near {n}": prompts for n, prompts in self.near.items() if prompts}
-        return {**targets, **near, "others": self.others}
+    def sets(self) -> dict[str, list[Asked]]:
+        """All that both models are asked for."""
+        held_out = self.held_out
+        targets = {n: [p.original for p in pairs] for n, pairs in held_out.targets.items()}
+        near = {f"near {n}": asked for n, asked in held_out.near.items()}
+        return {**targets, **near, "others": held_out.others}
 
-    def _draw(self, pipe: NextScalePipeline, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        count = self.config.num_eval_images
-        every = [prompt for prompt in prompts for _ in range(count)]
-        return draw(pipe, every, seed=_SEED, progress=self.progress)
+    def draw(self, pipe: NextScalePipeline, asked: Sequence[Asked]) -> tuple[Tensor, Tensor]:
+        """Pictures and tokens, `num_eval_images` in a row for each."""
+        return draw(pipe, self._repeated(asked), seed=_SEED, progress=self.progress)
+
+    def _repeated(self, entries: Sequence[Any]) -> list[Any]:
+        return [entry for entry in entries for _ in range(self.config.num_eval_images)]
 
     def _groups(self, count: int) -> Int[Tensor, " n"]:
         return torch.arange(count) // self.config.num_eval_images
@@ -121,46 +134,49 @@ class EraseReport:
     def _concept(
         self, name: str, pairs: Sequence[ConceptPair], after: Mapping[str, tuple[Tensor, Tensor]]
     ) -> dict[str, Any]:
-        every = [pair for pair in pairs for _ in range(self.config.num_eval_images)]
-        shown = [
-            torch.from_numpy(self.recognise(images, every)).float()
-            for images in (self.before[name][0], after[name][0], self.oracle[name])
-        ]
+        every = self._repeated(pairs)
         groups = self._groups(len(every))
-        found: dict[str, Any] = {
-            "num_prompts": len(pairs),
-            "recognised": compare(shown[0], shown[1], groups, (0.0, 1.0)),
-            "oracle": compare(shown[2], shown[2], groups, (0.0, 1.0))["before"],
-            "vendi_within_prompt": self._diversity(self.before[name][0], after[name][0], groups),
-        }
+        found: dict[str, Any] = {"num_prompts": len(pairs)}
+        for who, recognise in self.recognisers.items():
+            shown = [
+                torch.from_numpy(recognise(images, every)).float()
+                for images in (self.before[name][0], after[name][0], self.oracle[name])
+            ]
+            seen = {
+                "recognised": compare(shown[0], shown[1], groups, _SHARE),
+                "oracle": compare(shown[2], shown[2], groups, _SHARE)["before"],
+            }
+            if "recognised" not in found:
+                found |= seen
+            else:
+                found.setdefault("also_by", {})[who] = seen
+        if self.scenes and self.config.num_eval_images > 1:
+            found["vendi_within_prompt"] = self._diversity(
+                self.before[name][0], after[name][0], groups
+            )
         key = f"near {name}"
         if key in after:
-            found["near"] = self._kept(key, self.near[name], after)
+            found["near"] = self._kept(key, self.held_out.near[name], after)
         return found
 
     def _kept(
-        self, name: str, prompts: Sequence[str], after: Mapping[str, tuple[Tensor, Tensor]]
+        self, name: str, asked: Sequence[Asked], after: Mapping[str, tuple[Tensor, Tensor]]
     ) -> dict[str, Any]:
-        """Prompt accuracy before and after, and by value."""
-        every = [prompt for prompt in prompts for _ in range(self.config.num_eval_images)]
-        reports = [
-            check_batch(to_uint8(side[0]).permute(0, 2, 3, 1).numpy(), every)
-            for side in (self.before[name], after[name])
-        ]
-        sides = [torch.tensor([float(r.holds) for r in side]) for side in reports]
-        values = [prompt_accuracy(side)["values"] for side in reports]
-        return {
-            "num_prompts": len(prompts),
-            "accuracy": compare(sides[0], sides[1], self._groups(len(every)), (0.0, 1.0)),
-            "values": {
-                value: {"before": found["accuracy"], "after": values[1][value]["accuracy"]}
-                for value, found in values[0].items()
-            },
-        }
+        """The share of pictures that are right, before and after; of scenes also by value."""
+        found: dict[str, Any] = {"num_prompts": len(asked)}
+        every, pictures = self._repeated(asked), (self.before[name][0], after[name][0])
+        if self.held_out.right is not None:
+            sides = [self.held_out.right(images, every) for images in pictures]
+            found["accuracy"] = compare(sides[0], sides[1], self._groups(len(every)), _SHARE)
+        if self.scenes:
+            values = [prompt_accuracy(checked(images, every))["values"] for images in pictures]
+            found["values"] = {
+                value: {"before": own["accuracy"], "after": values[1][value]["accuracy"]}
+                for value, own in values[0].items()
+            }
+        return found
 
-    def _diversity(self, before: Tensor, after: Tensor, groups: Tensor) -> dict[str, Any] | None:
-        if self.config.num_eval_images < 2:
-            return None
+    def _diversity(self, before: Tensor, after: Tensor, groups: Tensor) -> dict[str, Any]:
         sides = []
         for images in (before, after):
             features = _features(images)
@@ -168,34 +184,34 @@ class EraseReport:
             sides.append(torch.tensor(scores))
         return compare(sides[0], sides[1], None, (1.0, float(self.config.num_eval_images)))
 
-    def _quality(self, after: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:
-        """Fréchet distance to true pictures, and CLIP score, of the other prompts."""
+    def _distance(self, after: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:
+        """Fréchet distance of the other prompts' pictures to true ones."""
         from nextscale.data.sources import open_source
         from nextscale.eval import evaluate
-        from nextscale.eval.clip import BUNDLED, clip_scorer, open_clip_model
 
-        sides = {"before": self.before["others"][0], "after": after["others"][0]}
         data = open_source("scenes", resolution=64, split="validation", num_images=_TRUE_PICTURES)
         true = data.load(np.arange(_TRUE_PICTURES)).images.permute(0, 2, 3, 1).numpy()
-        every = [prompt for prompt in self.others for _ in range(self.config.num_eval_images)]
-        scorer = clip_scorer(open_clip_model(BUNDLED, device="cpu"))
-        found: dict[str, Any] = {"fd_scenes": {}}
-        scores = []
-        for name, images in sides.items():
-            pixels = to_uint8(images).permute(0, 2, 3, 1).numpy()
+        found: dict[str, Any] = {}
+        for side, drawn in (("before", self.before), ("after", after)):
+            pixels = to_uint8(drawn["others"][0]).permute(0, 2, 3, 1).numpy()
             network = small_features("scenes-features", device="cpu")
             measured = evaluate(pixels, true, network=network, metrics=["fd_scenes"])
             (value,) = measured["metrics"].values()
-            found["fd_scenes"][name] = {key: value[key] for key in ("value", "se")}
-            scores.append(scorer(images, every))
-        found["clip"] = compare(scores[0], scores[1], self._groups(len(every)), (-1.0, 1.0))
+            found[side] = {key: value[key] for key in ("value", "se")}
         return found
+
+    def _clip_score(
+        self, clip: Scorer, after: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> dict[str, Any]:
+        every = self._repeated(self.held_out.others)
+        sides = [clip(drawn["others"][0], every) for drawn in (self.before, after)]
+        return compare(sides[0], sides[1], self._groups(len(every)), (-1.0, 1.0))
 
     @torch.no_grad()
     def _drift(self, base: NextScalePipeline, edited: NextScalePipeline) -> dict[str, Any]:
         """Mean KL(base || edited) on the base's pictures of other prompts, in nats, by scale."""
         schedule = base.transformer.schedule
-        every = [prompt for prompt in self.others for _ in range(self.config.num_eval_images)]
+        every = self._repeated(self.held_out.others)
         tokens, parts = self.before["others"][1], []
         for start in range(0, len(every), 64):
             rows = slice(start, start + 64)
@@ -213,33 +229,39 @@ class EraseReport:
         self, edited: NextScalePipeline, name: str, pairs: list[ConceptPair]
     ) -> list[Outcome]:
         tokens = self.before[name][1][:: self.config.num_eval_images]
-        target = Target(edited, pairs, self.recognise, tokens, _SEED)
-        few = Target(edited, pairs[:_SWEEP_PROMPTS], self.recognise, tokens[:_SWEEP_PROMPTS], _SEED)
+        target = Target(edited, pairs, next(iter(self.recognisers.values())), tokens, _SEED)
+        few = replace(target, pairs=pairs[:_SWEEP_PROMPTS], tokens=tokens[:_SWEEP_PROMPTS])
         plans: list[Callable[[], Any]] = [
             lambda: list(paraphrases(target)),
             lambda: list(sampling_sweep(few)),
             lambda: list(prefix_probe(target)),
-            *(lambda n=n: [soft_prompt(target, n)] for n in _SOFT_VECTORS),
-            lambda: [token_attack(target)],
+            *(lambda n=n: [soft_prompt(target, n)] for n in soft_sizes(target)),
+            lambda: list(token_attack(target)),
             lambda: [relearning(target)],
         ]
+        if self.config.attack_prompts is not None:
+            prompts = [str(p.condition) for p in open_prompts([self.config.attack_prompts])]
+            plans.append(lambda: [own_prompts(target, prompts)])
         found: list[Outcome] = []
         for plan in tqdm(plans, f"attacks on {name}", unit="attack", disable=not self.progress):
             found += plan()
         return found
 
-    def _grid(self, after: Mapping[str, tuple[Tensor, Tensor]], path: Path) -> None:
-        """Two rows for each set: before, after."""
+    def _grids(self, after: Mapping[str, tuple[Tensor, Tensor]], folder: Path) -> None:
+        """Two rows for each set, before and after; and for each concept a sheet to judge by eye."""
         tiles, captions = [], []
         step = self.config.num_eval_images
-        for name, prompts in self._sets().items():
-            texts = prompts[:_SHOWN]
+        for name, asked in self.sets().items():
+            texts = [str(a) for a in asked[:_SHOWN]]
             for side, images in (("before", self.before[name][0]), ("after", after[name][0])):
                 chosen = images[::step][:_SHOWN]
                 blank = torch.ones(_SHOWN - len(chosen), *chosen.shape[1:])
                 tiles.append(torch.cat([chosen, blank]))
                 captions += [f"{side}: {t}" for t in texts] + [""] * len(blank)
-        save_grid(torch.cat(tiles), path, columns=_SHOWN, captions=captions)
+        save_grid(torch.cat(tiles), folder / "before_after.png", columns=_SHOWN, captions=captions)
+        for name in self.held_out.targets:
+            file = f"after_{name.replace(' ', '_')}.png"
+            save_grid(after[name][0][:_SAMPLE], folder / file, columns=10)
 
 
 def _features(images: Tensor) -> Float[np.ndarray, "n d"]:
@@ -252,25 +274,22 @@ def _features(images: Tensor) -> Float[np.ndarray, "n d"]:
 def open_report(
     config: EraseConfig,
     base: NextScalePipeline,
-    pairs: Sequence[ConceptPair],
-    recognise: Recognise,
+    held_out: HeldOut,
+    recognisers: Mapping[str, Recognise],
     *,
     progress: bool,
 ) -> EraseReport:
-    """Choose the prompts of a report on a scenes model, and draw the base's side."""
-    names = list(dict.fromkeys(pair.concept for pair in pairs))
-    concepts = {name: scene_concept(name) for name in names}
-    count = config.num_eval_prompts
-    targets = {n: held_out_pairs(concepts[n], count, pairs, seed=config.seed) for n in names}
-    parsed = {text: parse(text) for text in dict.fromkeys(load_benchmark("standard"))}
-    clean = [t for t, c in parsed.items() if not any(k.in_caption(c) for k in concepts.values())]
-    near = {n: [t for t in clean if concepts[n].is_sibling(parsed[t])][:count] for n in names}
-    siblings = {text for texts in near.values() for text in texts}
-    others = [t for t in clean if t not in siblings][:count]
-    report = EraseReport(config, recognise, targets, near, others, {}, {}, progress)
-    report.before = {n: report._draw(base, prompts) for n, prompts in report._sets().items()}
+    """Draw the base's side of a report."""
+    conditioner = base.transformer.conditioner
+    scenes = conditioner.config().get("grammar") == "scenes"
+    named = [name.partition(":")[2] for name in recognisers if name.partition(":")[0] == "clip"]
+    clip = None
+    if conditioner.prompts and (scenes or named):
+        clip = clip_scorer(open_clip_model((named or [""])[0] or BUNDLED))
+    report = EraseReport(config, held_out, recognisers, scenes, clip, {}, {}, progress)
+    report.before = {n: report.draw(base, asked) for n, asked in report.sets().items()}
     report.oracle = {
-        n: report._draw(base, [str(p.modified) for p in own])[0] for n, own in targets.items()
+        n: report.draw(base, [p.modified for p in own])[0] for n, own in held_out.targets.items()
     }
     return report
 
@@ -280,19 +299,25 @@ def markdown(record: Mapping[str, Any]) -> str:
     lines = [f"{record['method']} on {record['model']}.", ""]
     lines += ["| shown or right | before | after | difference |", "|---|---|---|---|"]
     for name, found in record["concepts"].items():
-        lines.append(_row(f"**{name}** is recognised", found["recognised"]))
-        lines.append(f"| base with the modified prompt | {_cell(found['oracle'])} | | |")
+        seen = {record["recognisers"][0]: found, **found.get("also_by", {})}
+        for who, own in seen.items():
+            lines.append(_row(f"**{name}** is seen by {who}", own["recognised"]))
+            lines.append(f"| base with the modified prompt | {_cell(own['oracle'])} | | |")
         if "near" in found:
             lines.append(_row(f"prompts near {name}", found["near"]["accuracy"]))
     others = record["others"]
-    lines.append(_row("other prompts", others["accuracy"]))
-    distance = others["fd_scenes"]
-    cells = [f"{distance[side]['value']:.3f}" for side in ("before", "after")]
-    lines.append(f"| fd_scenes of these | {cells[0]} | {cells[1]} | |")
-    lines.append(_row("CLIP score of these", others["clip"], percent=False))
+    if "accuracy" in others:
+        lines.append(_row("others", others["accuracy"]))
+    if "fd_scenes" in others:
+        cells = [f"{others['fd_scenes'][side]['value']:.3f}" for side in ("before", "after")]
+        lines.append(f"| fd_scenes of these | {cells[0]} | {cells[1]} | |")
+    if "clip" in others:
+        lines.append(_row("CLIP score of these", others["clip"], percent=False))
     drift = " ".join(f"{value:.3g}" for value in record["drift"]["per_scale"])
-    lines += ["", f"Harmonic mean of erased and kept: {record['harmonic_mean']:.3f}."]
-    lines += [f"KL from the base on other prompts, nats, by scale: {drift}."]
+    lines.append("")
+    if "harmonic_mean" in record:
+        lines.append(f"Harmonic mean of erased and kept: {record['harmonic_mean']:.3f}.")
+    lines += [f"KL from the base on others, nats, by scale: {drift}."]
     for name, found in record["concepts"].items():
         if "attacks" not in found:
             continue

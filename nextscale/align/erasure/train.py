@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,16 @@ from nextscale import processes
 from nextscale.align.erasure.closed_form import edit_cross_attention, swap_classes
 from nextscale.align.erasure.concepts import SceneConcept, scene_concept
 from nextscale.align.erasure.config import CLOSED_FORM, EraseConfig
-from nextscale.align.erasure.data import Drawn, Recognise, draw, draw_pairs
+from nextscale.align.erasure.data import Drawn, draw, draw_pairs
+from nextscale.align.erasure.held_out import HeldOut, class_labels, scene_prompts, text_prompts
 from nextscale.align.erasure.pairs import ConceptPair, read_pairs, scene_pairs, write_pairs
+from nextscale.align.erasure.recognisers import Recognise, open_recogniser
 from nextscale.align.erasure.report import open_report
 from nextscale.align.erasure.task import Erasing, Retained
+from nextscale.align.erasure.text_pairs import local_writer, template_pairs, written_pairs
 from nextscale.align.prompts import open_prompts
 from nextscale.align.references import AdapterOff, FrozenCopy, Reference
 from nextscale.data.captions import parse
-from nextscale.data.checker import check_batch
-from nextscale.data.images import to_uint8
 from nextscale.errors import UserError
 from nextscale.pipeline import NextScalePipeline
 from nextscale.streams import stream
@@ -68,7 +69,10 @@ def erase(config: EraseConfig, *, progress: bool = True) -> EraseResult:
     pipe.tokenizer.requires_grad_(False)
     model = pipe.transformer
     fingerprint = base_fingerprint(model)
-    pairs, recognise = open_pairs(config, pipe)
+    pairs = open_pairs(config, pipe)
+    recognisers = open_recognisers(config, pipe, pairs)
+    recognise = next(iter(recognisers.values()), None)
+    held_out = open_held_out(config, pipe, pairs, recognise)
     drawn = draw_pairs(
         pipe,
         pairs,
@@ -79,8 +83,8 @@ def erase(config: EraseConfig, *, progress: bool = True) -> EraseResult:
     )
     retain = _retain(config, pipe, drawn.pairs)
     report = None
-    if config.num_eval_prompts and recognise is not None and processes.is_main():
-        report = open_report(config, pipe, drawn.pairs, recognise, progress=progress)
+    if held_out is not None and processes.is_main():
+        report = open_report(config, pipe, held_out, recognisers, progress=progress)
     folder = Path(config.output_dir)
     settings: dict[str, Any] = {"method": config.method, "concepts": list(config.concepts)}
     if config.method in CLOSED_FORM:
@@ -105,16 +109,21 @@ def erase(config: EraseConfig, *, progress: bool = True) -> EraseResult:
     return EraseResult(result, pipe, drawn.counts, drawn.pairs, record)
 
 
-# ---- pairs -----------------------------------------------------------------------------------
+# ---- pairs, and what the report asks for -----------------------------------------------------
 
 
-def open_pairs(
-    config: EraseConfig, pipe: NextScalePipeline
-) -> tuple[list[ConceptPair], Recognise | None]:
-    """The pairs of a run, and who sees whether a picture shows their concept."""
-    conditioner = pipe.transformer.conditioner
-    scenes = conditioner.config().get("grammar") == "scenes"
-    num_classes = None if conditioner.prompts else conditioner.config()["num_classes"]
+def open_pairs(config: EraseConfig, pipe: NextScalePipeline) -> list[ConceptPair]:
+    """The pairs of a run.
+
+    Raises:
+        UserError: If there is no way to make them, or they lack a concept.
+    """
+    scenes, num_classes = _kind(pipe)
+    source = config.pairs or ""
+    if source == "templates" or source.startswith("llm:"):
+        if scenes or num_classes is not None:
+            raise UserError(f"pairs {source} are for models of free text; leave pairs out")
+        return [p for name in config.concepts for p in _text_pairs(config, name, source)]
     if config.pairs is not None:
         pairs = read_pairs(config.pairs, num_classes=num_classes)
         if config.concepts:
@@ -125,31 +134,58 @@ def open_pairs(
                     f"{', '.join(sorted(known))}"
                 )
             pairs = [pair for pair in pairs if pair.concept in config.concepts]
-    elif scenes:
+        return pairs
+    if scenes:
         concepts = [scene_concept(name) for name in config.concepts]
         pairs = [p for c in concepts for p in scene_pairs(c, config.num_pairs, seed=config.seed)]
-        pairs = [_without(pair, concepts, config.seed) for pair in pairs]
-    elif num_classes is not None:
-        pairs = [p for name in config.concepts for p in _class_pairs(config, name, num_classes)]
-    else:
-        raise UserError("this model takes free text: give prompt pairs, --pairs FILE.jsonl")
-    if not scenes:
-        return pairs, None
-    found = {pair.concept: scene_concept(pair.concept) for pair in pairs}
-    return pairs, scenes_recogniser(found)
+        return [_without(pair, concepts, config.seed) for pair in pairs]
+    if num_classes is not None:
+        return [p for name in config.concepts for p in _class_pairs(config, name, num_classes)]
+    raise UserError(
+        "this model takes free text: give prompt pairs, --pairs FILE.jsonl, templates or llm:MODEL"
+    )
 
 
-def scenes_recogniser(concepts: Mapping[str, SceneConcept]) -> Recognise:
-    """The checker, by the concept of each pair."""
+def open_recognisers(
+    config: EraseConfig, pipe: NextScalePipeline, pairs: Sequence[ConceptPair]
+) -> dict[str, Recognise]:
+    """Who sees the concepts, by name; the first one decides."""
+    scenes, _ = _kind(pipe)
+    usual = ("checker", "clip") if scenes else ()
+    return {
+        name: open_recogniser(name, pairs, scenes=scenes) for name in config.recognisers or usual
+    }
 
-    def recognise(images: Tensor, pairs: Sequence[ConceptPair]) -> np.ndarray:
-        pixels = to_uint8(images).permute(0, 2, 3, 1).numpy()
-        reports = check_batch(pixels, [str(pair.original) for pair in pairs])
-        return np.array(
-            [concepts[p.concept].in_picture(r) for p, r in zip(pairs, reports, strict=True)], bool
-        )
 
-    return recognise
+def open_held_out(
+    config: EraseConfig,
+    pipe: NextScalePipeline,
+    pairs: Sequence[ConceptPair],
+    recognise: Recognise | None,
+) -> HeldOut | None:
+    """What the report asks for; None: there is none, because nobody sees the concepts."""
+    if not config.num_eval_prompts or recognise is None:
+        return None
+    scenes, num_classes = _kind(pipe)
+    if scenes:
+        return scene_prompts(config, pairs)
+    if num_classes is not None:
+        return class_labels(config, pairs, recognise, num_classes)
+    return text_prompts(config, pairs)
+
+
+def _kind(pipe: NextScalePipeline) -> tuple[bool, int | None]:
+    """Whether a model draws scenes, and its number of classes if it takes labels."""
+    conditioner = pipe.transformer.conditioner
+    about = conditioner.config()
+    return about.get("grammar") == "scenes", None if conditioner.prompts else about["num_classes"]
+
+
+def _text_pairs(config: EraseConfig, name: str, source: str) -> list[ConceptPair]:
+    if source == "templates":
+        return template_pairs(name, config.replacements, config.num_pairs)
+    writer = local_writer(source.partition(":")[2], seed=config.seed)
+    return written_pairs(name, config.num_pairs, writer)
 
 
 def _without(pair: ConceptPair, concepts: Sequence[SceneConcept], seed: int) -> ConceptPair:
@@ -181,13 +217,11 @@ def _class_pairs(config: EraseConfig, name: str, num_classes: int) -> list[Conce
 
 def _retain(config: EraseConfig, pipe: NextScalePipeline, pairs: Sequence[ConceptPair]) -> Retained:
     """Retain prompts without those that name an erased concept."""
-    conditioner = pipe.transformer.conditioner
-    scenes = conditioner.config().get("grammar") == "scenes"
+    scenes, num_classes = _kind(pipe)
     names = config.retain_prompts or (("scenes:standard",) if scenes else ())
     empty = Retained([], torch.zeros(0, pipe.transformer.schedule.num_tokens, dtype=torch.long))
     if not names or not config.num_retain or not config.retain_weight:
         return empty
-    num_classes = None if conditioner.prompts else conditioner.config()["num_classes"]
     every = open_prompts(names, num_classes=num_classes, what="retain_prompts")
     asked = [prompt.condition for prompt in every]
     if scenes:

@@ -113,16 +113,16 @@ class GRPOConfig:
         }
         for name, allowed in choices.items():
             value = getattr(self, name)
-            require(f"grpo.{name}", value, value in allowed, f"be one of {', '.join(allowed)}")
+            require(name, value, value in allowed, f"be one of {', '.join(allowed)}")
         positive = ("epsilon", "epsilon_high", "vmr_samples", "vmr_temperature")
         for name in (*positive, "advantage_clip", "chunk_steps"):
             value = getattr(self, name)
-            require(f"grpo.{name}", value, value is None or value > 0, "be above 0")
+            require(name, value, value is None or value > 0, "be above 0")
         for name in ("beta", "entropy_coef", "std_eps"):
-            require(f"grpo.{name}", getattr(self, name), getattr(self, name) >= 0, "be 0 or more")
-        require("grpo.std_ddof", self.std_ddof, self.std_ddof in (0, 1), "be 0 or 1")
+            require(name, getattr(self, name), getattr(self, name) >= 0, "be 0 or more")
+        require("std_ddof", self.std_ddof, self.std_ddof in (0, 1), "be 0 or 1")
         given = not self.scale_weights or max(self.scale_weights) > 0
-        require("grpo.scale_weights", self.scale_weights, given, "have a number above 0")
+        require("scale_weights", self.scale_weights, given, "have a number above 0")
         if self.multi_objective_aggregation == "normalize_then_sum":
             k1 = self.beta > 0 and self.kl_estimator == "k1"
             if k1 or self.credit == "vmr":
@@ -133,7 +133,7 @@ class GRPOConfig:
                 )
         for name in ("top_entropy_quantile", "step_fraction"):
             value = getattr(self, name)
-            require(f"grpo.{name}", value, 0 < value <= 1, "lie in (0, 1]")
+            require(name, value, 0 < value <= 1, "lie in (0, 1]")
 
 
 def check_nested(name: str, loss: GRPOConfig) -> None:

@@ -178,7 +178,7 @@ class CheckedReward:
         elif bool((valid == valid[0]).all()):
             logger.warning(
                 'the reward "%s" is %g for all %d pictures of a call, from which nothing can be '
-                "learnt: choose easier prompts, a finer reward, or more varied samples",
+                "learnt: choose other prompts, a finer reward, or more varied samples",
                 *(self.name, float(valid[0]), len(valid)),
             )
         else:
