@@ -27,6 +27,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -37,13 +38,14 @@ from PIL import Image
 from sampling import _cpu_name
 
 from nextscale.data.benchmark import training_captions
+from nextscale.data.captions import parse
 from nextscale.data.scenes import render, sample_scene
 from nextscale.pipeline import NextScalePipeline
 
 SAMPLES = 192  # of a rollout, of every method
 ROLLOUTS = (10, 20, 40, 80)  # after which FIND is measured
-EXEMPLARS = 999  # pictures that the sets suite is to resemble
-DRAWN = 20_000  # scenes among which they are
+EXEMPLARS = 1000  # pictures that the sets suite is to resemble
+HELD_OUT = 250  # captions that it is measured on, of the same list as those that it draws
 KNOWN = 24  # captions that the per-caption start of FIND learns
 RATE = "--learning_rate 2e-5 --train_scales 4"
 BASE = "--config grpo-scenes --learning_rate 1e-12 --num_train_prompts 4 "
@@ -54,8 +56,9 @@ VERDICT = "--reward_funcs checker --reward_weights 1 --prompts scenes:hard"
 B2 = f"--config b2-scenes --b2.num_stages 3 --b2.stage_rollouts 8 {RATE}"
 FIND = "--config find-scenes --learning_rate 1e-3"
 LARGE = "--num_prompts 96 --num_train_prompts 64"
-SETS = f"{RATE} --prompts scenes:standard --eval_prompts benchmark:standard "
-SETS += "--reward_funcs frechet:EXEMPLARS frechet_instance:EXEMPLARS vendi --reward_weights"
+SETS = f"{RATE} --prompts CAPTIONS --eval_prompts HELD_OUT "
+SETS += "--reward_funcs frechet_pixels:EXEMPLARS@1 frechet_pixels_instance:EXEMPLARS@1 vendi "
+SETS += "--reward_weights"
 SUITES: dict[str, dict[str, str]] = {
     "table": {
         "base": BASE,
@@ -92,6 +95,10 @@ SUITES: dict[str, dict[str, str]] = {
         "DRAGON": "--config dragon-diffusion",
     },
 }
+FILES = {
+    "KNOWN": "known.txt", "CAPTIONS": "captions.txt", "HELD_OUT": "held_out.txt",
+    "EXEMPLARS": "exemplars",
+}  # fmt: skip
 DIFFUSION_SAMPLES = 2560  # of all rollouts of each row of the suite diffusion
 
 
@@ -116,19 +123,34 @@ def flags_of(row: str, seed: int, options: argparse.Namespace) -> list[str]:
             "model": str(Path(options.output_dir, "model")),
         }
     flags = [part for key, value in shared.items() for part in (f"--{key}", str(value))]
-    for name, path in {"KNOWN": "known.txt", "EXEMPLARS": "exemplars"}.items():
+    for name, path in FILES.items():
         row = row.replace(name, str(Path(options.output_dir, path)))
     return [*flags, *row.split()]
 
 
-def write_exemplars(folder: Path) -> None:
-    """Pictures of large shapes alone, one to three of them in equal numbers, as captions have."""
-    folder.mkdir(parents=True)
-    every = (sample_scene(5, index) for index in itertools.count())
-    large = [s for s in itertools.islice(every, DRAWN) if all(x.size == "large" for x in s.shapes)]
-    kinds = [[s for s in large if len(s.shapes) == n][: EXEMPLARS // 3] for n in (1, 2, 3)]
-    for number, image in enumerate(render([s for kind in kinds for s in kind], 64)):
-        Image.fromarray(image).save(folder / f"{number:04}.png")
+def write_sets(folder: Path) -> None:
+    """Captions of one list, in two parts, and exemplars that are as many shapes as they ask for.
+
+    Sets are compared, so both parts and the exemplars must hold one, two and three shapes in the
+    same shares. What makes exemplars different: grounds are dark or bright, with nothing between,
+    so that the mean of the set is what none of its pictures look like.
+    """
+    captions = training_captions("standard", 8000)
+    (folder / FILES["CAPTIONS"]).write_text("\n".join(captions[HELD_OUT:]))
+    (folder / FILES["HELD_OUT"]).write_text("\n".join(captions[:HELD_OUT]))
+    wanted = Counter(parse(caption).num_shapes for caption in captions[:EXEMPLARS])
+    found = []
+    for index in itertools.count():
+        scene = sample_scene(5, index)
+        extreme = abs(statistics.mean(scene.background.rgb) - 0.61) > 0.21
+        if wanted[len(scene.shapes)] and extreme:
+            wanted[len(scene.shapes)] -= 1
+            found.append(scene)
+        if not any(wanted.values()):
+            break
+    (folder / FILES["EXEMPLARS"]).mkdir()
+    for number, image in enumerate(render(found, 64)):
+        Image.fromarray(image).save(folder / FILES["EXEMPLARS"] / f"{number:04}.png")
 
 
 def run(folder: Path, flags: list[str], earlier: Path | None = None) -> None:
@@ -287,10 +309,10 @@ def main() -> None:
         pipe = NextScalePipeline.from_pretrained("scenes", dtype="float32")
         pipe.generation = replace(pipe.generation, num_candidates=1, temperature=1.0)
         pipe.save_pretrained(Path(options.output_dir, "model"))
-    if options.suite == "sets" and not Path(options.output_dir, "exemplars").is_dir():
-        write_exemplars(Path(options.output_dir, "exemplars"))
+    if options.suite == "sets" and not Path(options.output_dir, FILES["EXEMPLARS"]).is_dir():
+        write_sets(Path(options.output_dir))
     captions = list(dict.fromkeys(training_captions("hard", 2 * KNOWN)))[:KNOWN]
-    Path(options.output_dir, "known.txt").write_text("\n".join(captions))
+    Path(options.output_dir, FILES["KNOWN"]).write_text("\n".join(captions))
     scenes = options.rollouts * SAMPLES
     total = DIFFUSION_SAMPLES if options.suite == "diffusion" else scenes
     table: dict[str, Any] = json.loads(output.read_text())["rows"] if output.is_file() else {}

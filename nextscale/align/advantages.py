@@ -14,8 +14,10 @@ from torch import Tensor
 
 from nextscale.errors import UserError, require
 
-SCALES = ("group", "batch", "none")
+SCALES = ("group", "batch", "none", "beta_norm")
+BASELINES = ("mean", "median", "score_norm")
 AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
+_MOST_WEIGHT = 1e6
 _FLAT = 1e-6  # deviation below which a group's rewards are all the same
 
 
@@ -26,6 +28,8 @@ def group_advantages(
     scale_rewards: str = "group",
     std_eps: float = 1e-4,
     std_ddof: int = 1,
+    baseline: str = "mean",
+    score_norms: Float[Tensor, " b"] | None = None,
 ) -> Float[Tensor, " b"]:
     """A_i = (r_i - mean_group r) / (std + std_eps) (GRPO, arXiv 2402.03300, section 4.1).
 
@@ -33,18 +37,66 @@ def group_advantages(
         rewards: One per sample; NaN is unscorable.
         groups: Group of each sample, 0 .. number of groups - 1, in any order.
         scale_rewards: group divides by the group's deviation, batch by that of all rewards, none
-            by nothing (Dr. GRPO, arXiv 2503.20783).
+            by nothing (Dr. GRPO, arXiv 2503.20783), beta_norm by a Beta density (see `beta_norm`).
         std_eps: 1e-4 in trl and Flow-GRPO, 1e-6 in DDPO.
         std_ddof: 1 is the unbiased deviation (trl), 0 the population's (DDPO, Flow-GRPO).
+        baseline: What is subtracted: the group's mean, its median (GBPO), or score_norm, the mean
+            weighted by `score_norms`, which has the least variance of all constants (OBLR-PO).
+        score_norms: Of score_norm: squared norms of each sample's score, or a proxy of them.
     """
     require("scale_rewards", scale_rewards, scale_rewards in SCALES, f"be one of {SCALES}")
+    require("baseline", baseline, baseline in BASELINES, f"be one of {BASELINES}")
     mean, std = group_moments(rewards, groups, std_ddof)
+    if scale_rewards == "beta_norm":
+        return beta_norm(rewards, groups)
+    if baseline == "median":
+        mean = torch.stack([rewards[groups == g].nanmedian() for g in range(len(mean))])
+    elif baseline == "score_norm":
+        if score_norms is None:
+            raise UserError("baseline score_norm needs score_norms, one per sample")
+        mean = _weighted_means(rewards, score_norms, groups)
     centred = rewards - mean[groups]
     if scale_rewards == "group":
         centred = centred / (std[groups] + std_eps)
     elif scale_rewards == "batch":
         centred = centred / (_std(rewards[~rewards.isnan()], std_ddof) + std_eps)
     return centred.nan_to_num(0.0, 0.0, 0.0)
+
+
+def beta_norm(rewards: Float[Tensor, " b"], groups: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
+    """A = (r - p) / Beta(p; alpha, beta), p the group's mean (BNPO, arXiv 2506.02864).
+
+    With mean m and unbiased variance v of all groups' p: a = (m (1 - m) / v - 1) m, b the same with
+    1 - m; alpha = max(1, 1 + a / 3), beta = max(1, 1 + b / 3). 1 / density is at most 1e6. trl's
+    loss_type bnpo is something else.
+
+    Args:
+        rewards: In [0, 1]; NaN is unscorable.
+        groups: Group of each sample.
+
+    Raises:
+        UserError: For rewards out of [0, 1].
+    """
+    known = rewards[~rewards.isnan()]
+    fits = bool(((known >= 0) & (known <= 1)).all())
+    low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 0.0)
+    require("beta_norm's rewards", f"{low:g} to {high:g}", fits, "lie in [0, 1]")
+    means = group_moments(rewards, groups, 1)[0]
+    m, v = means.mean(), means.var() if len(means) > 1 else means.new_zeros(())
+    spread = m * (1 - m) / v.clamp_min(1e-12) - 1
+    alpha, beta = ((1 + spread * x / 3).clamp_min(1.0) for x in (m, 1 - m))
+    inside = means.clamp(1e-12, 1 - 1e-12)
+    density = torch.distributions.Beta(alpha, beta).log_prob(inside)
+    weight = (-density).exp().clamp_max(_MOST_WEIGHT)
+    return ((rewards - means[groups]) * weight[groups]).nan_to_num(0.0)
+
+
+def _weighted_means(values: Tensor, weights: Tensor, groups: Tensor) -> Float[Tensor, " g"]:
+    """Means of the values that are numbers, by weight."""
+    weights = torch.where(values.isnan(), 0.0, weights)
+    zeros = values.new_zeros(int(groups.max()) + 1)
+    sums = zeros.index_add(0, groups, values.nan_to_num(0.0) * weights)
+    return sums / zeros.index_add(0, groups, weights).clamp_min(1e-12)
 
 
 def combined_advantages(

@@ -5,16 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from nextscale.align.methods.b2 import B2Config
+from nextscale.align.methods.d2o import D2OConfig
 from nextscale.align.methods.dpo import DPOConfig
 from nextscale.align.methods.dragon import DRAGONConfig
+from nextscale.align.methods.fdpg import FDPGConfig
 from nextscale.align.methods.find import FINDConfig
-from nextscale.align.methods.grpo import GRPOConfig
+from nextscale.align.methods.grpo_config import GRPOConfig
+from nextscale.align.methods.nft import NFTConfig
 from nextscale.align.methods.raft import RAFTConfig
+from nextscale.align.methods.reg_grpo import RegGRPOConfig
+from nextscale.align.methods.sibling import SiblingConfig
 from nextscale.align.rewards.composition import MODES
 from nextscale.errors import UserError, require
 from nextscale.training import TrainingConfig
 
-METHOD_NAMES = ("grpo", "dpo", "raft", "b2", "dragon", "find")
+METHOD_NAMES = (
+    *("grpo", "dpo", "raft", "b2", "dragon", "find"),
+    *("fdpg", "reg_grpo", "nft", "d2o", "sibling"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,16 +51,18 @@ class AlignConfig(TrainingConfig):
     """Settings of `nextscale align`; `train_batch_size` counts examples (samples, or pairs)."""
 
     method: str = "grpo"
-    """grpo, dpo, raft, b2, dragon or find; its settings are in the section of its name."""
+    """grpo, dpo, raft, b2, dragon, find, fdpg, reg_grpo, nft, d2o or sibling; its settings are in
+    the section of its name."""
     model: str = "scenes"
     """A next-scale model (bundled name, folder, hub id) or a diffusers pipeline (folder or id)."""
     control: str | None = None
     """Tune this control instead of the model: one of the model's by name, or a folder of `train
     control`. Its maps are made of the pictures of `prompts`, which are of images:DATASET."""
     prompts: tuple[str, ...] = ()
-    """What is drawn: scenes:standard, scenes:hard, classes, images:DATASET[@SPLIT] (for control),
-    or .txt and .jsonl files, in turns. Empty: those of `pairs`; for control images:scenes, for
-    class-conditional models classes, else scenes:standard."""
+    """What is drawn: scenes:standard, scenes:hard, classes, captions:DATASET[@SPLIT],
+    images:DATASET[@SPLIT] (for control), or .txt and .jsonl files, in turns. Empty: those of
+    `pairs`; for control images:scenes, for class-conditional models classes, else
+    scenes:standard."""
     pairs: str | None = None
     """DPO on given pairs instead of rollouts: a .jsonl of {"prompt" or "class_label", "chosen",
     "rejected"}, the last two paths of pictures, relative to the file."""
@@ -134,6 +144,16 @@ class AlignConfig(TrainingConfig):
     """Settings of DRAGON."""
     find: FINDConfig = field(default_factory=FINDConfig)
     """Settings of FIND."""
+    fdpg: FDPGConfig = field(default_factory=FDPGConfig)
+    """Settings of f-DPG."""
+    reg_grpo: RegGRPOConfig = field(default_factory=RegGRPOConfig)
+    """Settings of Reg-GRPO."""
+    nft: NFTConfig = field(default_factory=NFTConfig)
+    """Settings of NFT."""
+    d2o: D2OConfig = field(default_factory=D2OConfig)
+    """Settings of D2O."""
+    sibling: SiblingConfig = field(default_factory=SiblingConfig)
+    """Settings of Sibling-GRPO."""
 
     eval_prompts: tuple[str, ...] = ()
     """What the report draws before and after, with equal seeds. Empty: benchmark:standard for

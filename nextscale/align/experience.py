@@ -90,7 +90,7 @@ def collect(
     *,
     weights: Sequence[float] | None = None,
     mode: str = "sum",
-    branch: tuple[int, int] | None = None,
+    branch: Sequence[tuple[int, int]] = (),
     model_version: int = 0,
 ) -> Rollout:
     """Draw a group of samples for every prompt and score them.
@@ -106,8 +106,9 @@ def collect(
         key: (seed, step).
         weights: One per reward; None: all 1.
         mode: How the rewards become one, see `combine`.
-        branch: (step b, K): each sample gets K - 1 siblings that share its steps before b; the B
-            = prompts x G x K samples have siblings in a row.
+        branch: Levels (step b, K), of rising steps: each sample of the level above gets K - 1
+            siblings that share its steps before b, so that B = prompts x G x K x K' ... samples
+            are the leaves of G trees per prompt, siblings in a row.
         model_version: Optimizer steps of the weights.
     """
     own = processes.own_range(len(prompts))
@@ -119,10 +120,9 @@ def collect(
         repeated = _repeat(conditions, num_generations)
         parts = [policy.sample(repeated, generators=_streams(key, first, count))]
     per_group = num_generations
-    if branch is not None:
-        at_step, siblings = branch
-        first = own.start * num_generations
-        parts = [_with_siblings(policy, t, at_step, siblings, key, first) for t in parts]
+    for level, (at_step, siblings) in enumerate(branch):
+        name, first = (*key, _ROLLOUT, 2 + level), own.start * per_group
+        parts = [_with_siblings(policy, t, at_step, siblings, name, first) for t in parts]
         per_group *= siblings
     mine = [prompts[i] for i in own for _ in range(per_group)]
     device = next(policy.network.parameters()).device
@@ -188,7 +188,7 @@ def _with_siblings(
     parents: Trajectory,
     at_step: int,
     siblings: int,
-    key: tuple[int, int],
+    key: tuple[int, ...],
     first: int,
 ) -> Trajectory:
     """Each sample followed by K - 1 others that share its first steps.
@@ -198,12 +198,12 @@ def _with_siblings(
         parents: This process's samples.
         at_step: First step that siblings draw anew.
         siblings: K.
-        key: (seed, step).
+        key: Of the level's streams.
         first: Number of the first parent among those of all processes.
     """
     count, others = len(parents), siblings - 1
     numbers = range(first * others, (first + count) * others)
-    generators = [stream(*key, _ROLLOUT, 2, number) for number in numbers]
+    generators = [stream(*key, number) for number in numbers]
     if not others:
         return replace(parents, parent_step=at_step)
     drawn = policy.branch(parents, at_step, others, generators=generators)

@@ -91,8 +91,9 @@ def open_prompts(
     Args:
         names: Each one of: scenes:standard and scenes:hard (training captions of these forms, which
             are in no benchmark); benchmark:NAME (a benchmark itself, to measure); classes (all
-            classes of the model); images:DATASET or images:DATASET@SPLIT (captions or labels of a
-            dataset with its pictures, for control); a .txt file, one prompt per line; a .jsonl file
+            classes of the model); captions:DATASET or captions:DATASET@SPLIT (captions or labels of
+            a dataset, as often as it has them); images:DATASET (the same with its pictures, for
+            control); a .txt file, one prompt per line; a .jsonl file
             of objects with "prompt" or "class_label", the other keys are metadata.
         num_classes: Classes of the model; None: it takes prompts.
         what: The setting, for messages.
@@ -153,13 +154,13 @@ def _open(name: str, num_classes: int | None, what: str) -> list[Prompt]:
         if num_classes is None:
             raise UserError(f"{what} classes needs a class-conditional model; this takes prompts")
         return [Prompt(label, {}) for label in range(num_classes)]
-    if kind == "images":
-        return _pictures(argument, by_class=num_classes is not None)
+    if kind in ("captions", "images"):
+        return _dataset(kind, argument, by_class=num_classes is not None)
     path = Path(name)
     if path.suffix not in (".txt", ".jsonl") or not path.is_file():
         raise UserError(
             f'{what} "{name}" is no source: use scenes:standard, scenes:hard, benchmark:NAME, '
-            "classes, images:DATASET, or a .txt or .jsonl file that exists"
+            "classes, captions:DATASET, images:DATASET, or a .txt or .jsonl file that exists"
         )
     numbered = enumerate(storage.read_lines(path), 1)
     lines = [(number, line) for number, line in numbered if line.strip()]
@@ -177,12 +178,12 @@ def _source(dataset: str, split: str, resolution: int) -> Any:
     return open_source(dataset, resolution=resolution, split=split)  # pyright: ignore[reportArgumentType]
 
 
-def _pictures(argument: str, *, by_class: bool) -> list[Prompt]:
-    """Captions, or labels, of a dataset with its pictures."""
+def _dataset(kind: str, argument: str, *, by_class: bool) -> list[Prompt]:
+    """Captions, or labels, of a dataset; of images: with its pictures."""
     dataset, _, split = argument.partition("@")
     split = split or "train"
     if split not in ("train", "validation", "all"):
-        raise UserError(f"images:{argument}: the split is train, validation or all")
+        raise UserError(f"{kind}:{argument}: the split is train, validation or all")
     source = _source(dataset, split, 64)
     rows = np.arange(min(len(source), _NUM_PICTURES))
     found: list[Any] = source.captions(rows)
@@ -191,7 +192,9 @@ def _pictures(argument: str, *, by_class: bool) -> list[Prompt]:
         found = [] if parts[0] is None else [int(label) for part in parts for label in part]
     if not found:
         missing = "labels" if by_class else "captions"
-        raise UserError(f"images:{argument}: the dataset has no {missing}")
+        raise UserError(f"{kind}:{argument}: the dataset has no {missing}")
+    if kind == "captions":
+        return [Prompt(condition, {}) for condition in found]
     pictures = (ControlPicture(dataset, split, int(row)) for row in rows)
     return [Prompt(c, {"control_picture": p}) for c, p in zip(found, pictures, strict=True)]
 

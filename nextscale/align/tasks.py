@@ -63,7 +63,8 @@ class Online:
                 f"{processes.world_size()} processes) does not divide; {self._advice()}"
             )
         self.steps = config.num_iterations * self.size // batch
-        pictures = config.num_prompts * config.num_generations * (method.branch() or (0, 1))[1]
+        leaves = math.prod(siblings for _, siblings in method.branch())
+        pictures = config.num_prompts * config.num_generations * leaves
         for reward, weight in zip(rewards, weights, strict=True):
             if weight:
                 warn_of_small_sets(reward, pictures // 2 if config.method == "dragon" else pictures)

@@ -17,9 +17,14 @@ from torch import Tensor
 from nextscale.align import AlignConfig, align
 from nextscale.align.experience import collect
 from nextscale.align.methods.b2 import B2, B2Config
+from nextscale.align.methods.d2o import D2OConfig
 from nextscale.align.methods.dpo import DPO, DPOConfig
-from nextscale.align.methods.grpo import GRPO, GRPOConfig
+from nextscale.align.methods.fdpg import FDPGConfig
+from nextscale.align.methods.grpo import GRPO
+from nextscale.align.methods.grpo_config import GRPOConfig
+from nextscale.align.methods.nft import NFTConfig
 from nextscale.align.methods.raft import RAFT, RAFTConfig
+from nextscale.align.methods.sibling import SiblingConfig
 from nextscale.align.pairs import read_pairs
 from nextscale.align.policies.next_scale import NextScalePolicy
 from nextscale.align.prompts import Prompt, draw_prompts, open_prompts
@@ -28,6 +33,7 @@ from nextscale.align.rewards import as_reward
 from nextscale.align.tables import compare
 from nextscale.align.watcher import hold_out
 from nextscale.cli import main
+from nextscale.data.captions import parse
 from nextscale.errors import UserError
 from nextscale.pipeline import NextScalePipeline
 from nextscale.storage import read_tensors, short_name
@@ -92,25 +98,59 @@ def brightness(images: Tensor, prompts: Sequence[int]) -> Tensor:
     return images.mean((1, 2, 3))
 
 
-@pytest.mark.parametrize("seed", [0, 1000, 2000])
-@pytest.mark.parametrize("method", ["grpo", "dpo", "raft", "b2", "dragon"])
+LARGE = {"train_batch_size": 32}
+TOY: dict[str, dict[str, Any]] = {
+    **{name: {} for name in ("dpo", "raft", "dragon", "reg_grpo")},
+    "grpo": LARGE,
+    "b2": {"train_batch_size": 64},
+    "beta_norm": {"method": "grpo", "grpo": GRPOConfig(scale_rewards="beta_norm"), **LARGE},
+    "clip_cov": {"method": "grpo", "grpo": GRPOConfig(covariance="clip"), **LARGE},
+    "kl_cov": {"method": "grpo", "grpo": GRPOConfig(covariance="kl"), **LARGE},
+    "score_norm": {"method": "grpo", "grpo": GRPOConfig(baseline="score_norm"), **LARGE},
+    "mdpo": {"method": "grpo", "grpo": GRPOConfig(loss_type="mdpo"), **LARGE},
+    "gbpo": {
+        "method": "grpo",
+        "grpo": GRPOConfig(loss_type="gbpo", baseline="median", scale_rewards="none"),
+        **LARGE,
+    },
+    "nft": {"nft": NFTConfig(threshold=0.1), **LARGE},
+    "fdpg": {"fdpg": FDPGConfig(reward_temperature=0.004), "learning_rate": 5e-3, **LARGE},
+    "d2o": {"d2o": D2OConfig(alpha=1.0)},
+    "sibling": {
+        "sibling": SiblingConfig(steps=(1, 3)),
+        "num_generations": 2,
+        "train_batch_size": 32,
+    },
+}
+
+
+FIRST = ("grpo", "dpo", "raft", "b2", "dragon")  # the others' further seeds are slow tests
+
+
+@pytest.mark.parametrize(
+    ("method", "seed"),
+    [
+        pytest.param(m, seed, marks=[pytest.mark.slow] if seed and m not in FIRST else [])
+        for m in TOY
+        for seed in (0, 1000, 2000)
+    ],
+)
 def test_a_toy_reward_is_learnt(
     tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch, method: str, seed: int
 ) -> None:
     monkeypatch.setattr(NextScalePolicy, "decode", count_of_first_code)
+    given: dict[str, Any] = {"method": method, "train_batch_size": 4, "learning_rate": 2e-2}
+    given |= {"num_generations": 8, **TOY[method]}
     config = settings(
         tmp_path,
         model_folder,
-        method=method,
         reward_funcs=(),
-        num_generations=8,
-        train_batch_size={"grpo": 32, "b2": 64}.get(method, 4),
         gradient_accumulation_steps=1,
-        learning_rate=2e-2,
         max_train_steps=60,
         checkpointing_steps=None,
         guidance_scale=1.0,
         seed=seed,
+        **given,
     )
     align(config, rewards={"zeros": brightness}, progress=False)
     rewards = [line["rewards/zeros/mean"] for line in log(tmp_path)]
@@ -945,6 +985,18 @@ def test_a_falling_held_out_reward_stops_the_run(tmp_path: Path, model_folder: P
     assert result.fit.steps == 2
     assert result.fit.checkpoint is not None
     assert result.fit.checkpoint.name == "step_00000002"
+
+
+def test_captions_of_a_dataset_come_as_often_as_it_has_them() -> None:
+    found = open_prompts(["captions:scenes@validation"])
+    shapes = [parse(str(prompt.condition)).num_shapes for prompt in found]
+    assert all(0.2 < shapes.count(n) / len(shapes) < 0.5 for n in (1, 2, 3))
+    assert len({prompt.condition for prompt in found}) < len(found)
+    assert all(prompt.asked == prompt.condition for prompt in found)
+    digits = open_prompts(["captions:digits"], num_classes=10)
+    assert {prompt.condition for prompt in digits} == set(range(10))
+    with pytest.raises(UserError, match=r"captions:digits: the dataset has no captions"):
+        open_prompts(["captions:digits"])
 
 
 def test_settings_of_another_method_are_warned_of(

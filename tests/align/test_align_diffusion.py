@@ -96,7 +96,7 @@ def test_branches_begin_where_a_step_is_random(tmp_path: Path) -> None:
     changes = {"set_alpha_to_one": True, "steps_offset": 0, "timestep_spacing": "trailing"}
     pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, **changes)
     policy = DiffusionPolicy(pipe, num_inference_steps=5)
-    assert B2(B2Config(first_interval=1), policy).branch() == (3, 4)
+    assert B2(B2Config(first_interval=1), policy).branch() == ((3, 4),)
     with pytest.raises(UserError, match="be at most the 4 steps that are trained"):
         B2(B2Config(last_interval=5), policy)
     still = DiffusionPolicy(pipe, num_inference_steps=5, stochastic_steps=range(0))

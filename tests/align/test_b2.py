@@ -159,7 +159,7 @@ def test_an_interval_without_differences_ends_early(policy: NextScalePolicy) -> 
     assert method.stage == 0
     method.learn(replace(drawn, total=torch.zeros(len(drawn.total))))
     assert method.interval(method.stage) == 2
-    assert method.branch() == (2, 4)
+    assert method.branch() == ((2, 4),)
     for _ in range(5):
         method.learn(replace(drawn, total=torch.randn(len(drawn.total))))
     assert method.interval(method.stage) == 2

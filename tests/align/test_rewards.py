@@ -509,6 +509,33 @@ def test_frechet_reference_is_a_folder_or_statistics(tmp_path: Path) -> None:
     assert open_reward("vendi").score_set(features) > 2  # pyright: ignore
 
 
+def test_thumbnails_compare_palettes_and_layouts(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(40):  # bright on the left, dark on the right
+        picture = np.full((16, 16, 3), 20, np.uint8)
+        picture[:, :8] = 200
+        picture = (picture + rng.integers(0, 20, (1, 1, 3))).astype(np.uint8)
+        Image.fromarray(picture).save(tmp_path / "real" / f"{i}.png")
+    same = torch.full((8, 3, 32, 32), 30 / 255)
+    same[:, :, :, :16] = 210 / 255
+    turned, flat = same.flip(3), torch.full((8, 3, 32, 32), 120 / 255)
+    for size, apart in (("", True), ("@2", True), ("@1", False)):
+        reward: Any = open_reward(f"frechet_pixels:{tmp_path / 'real'}{size}")
+        scores = [
+            reward.score_set(reward.features(images, [""] * 8)) for images in (same, turned, flat)
+        ]
+        assert -0.05 < scores[0] <= 0
+        assert (scores[1] < scores[0] - 0.1) is apart  # one field sees no layout
+        single: Any = open_reward(f"frechet_pixels_instance:{tmp_path / 'real'}{size}")
+        assert bool((single(same, [""] * 8).values >= single(turned, [""] * 8).values - 1e-6).all())
+    with pytest.raises(UserError, match='the size "big" is no number'):
+        open_reward(f"frechet_pixels:{tmp_path / 'real'}@big")
+    (tmp_path / "texts.txt").write_text("a dog")
+    with pytest.raises(UserError, match="only CLIP reads"):
+        open_reward(f"frechet_pixels:{tmp_path / 'texts.txt'}")
+
+
 def test_exemplars_may_be_texts_in_the_space_of_clip(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

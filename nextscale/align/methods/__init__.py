@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from nextscale.align.methods.b2 import B2
+from nextscale.align.methods.d2o import D2O
 from nextscale.align.methods.dpo import DPO
 from nextscale.align.methods.dragon import DRAGON
+from nextscale.align.methods.fdpg import FDPG
 from nextscale.align.methods.find import FIND
 from nextscale.align.methods.grpo import GRPO
 from nextscale.align.methods.method import Method
+from nextscale.align.methods.nft import NFT
 from nextscale.align.methods.raft import RAFT
+from nextscale.align.methods.reg_grpo import RegGRPO
+from nextscale.align.methods.sibling import Sibling
 
 METHODS: dict[str, type[Method]] = {
     "grpo": GRPO,
@@ -17,6 +22,25 @@ METHODS: dict[str, type[Method]] = {
     "b2": B2,
     "dragon": DRAGON,
     "find": FIND,
+    "fdpg": FDPG,
+    "reg_grpo": RegGRPO,
+    "nft": NFT,
+    "d2o": D2O,
+    "sibling": Sibling,
 }
 
-__all__ = ["B2", "DPO", "DRAGON", "FIND", "GRPO", "METHODS", "RAFT", "Method"]
+__all__ = [
+    "B2",
+    "D2O",
+    "DPO",
+    "DRAGON",
+    "FDPG",
+    "FIND",
+    "GRPO",
+    "METHODS",
+    "NFT",
+    "RAFT",
+    "Method",
+    "RegGRPO",
+    "Sibling",
+]

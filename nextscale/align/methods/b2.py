@@ -8,7 +8,7 @@ is used again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from nextscale.align.advantages import group_advantages, group_moments, informative
 from nextscale.align.experience import Experience, Rollout
-from nextscale.align.methods.grpo import GRPO, GRPOConfig, check_nested
-from nextscale.align.methods.method import Loss
+from nextscale.align.methods.grpo import GRPO
+from nextscale.align.methods.grpo_config import GRPOConfig, check_nested
+from nextscale.align.methods.method import Loss, old_logps
 from nextscale.align.trajectory import Policy
 from nextscale.errors import UserError, require
 
@@ -116,9 +117,9 @@ class B2:
         extremes = self.settings.advantage == "extremes"
         return num_generations * (2 if extremes else self.settings.num_branches)
 
-    def branch(self) -> tuple[int, int]:
+    def branch(self) -> Sequence[tuple[int, int]]:
         """Where the current interval begins."""
-        return self.policy.trained[-self.interval(self.stage)], self.settings.num_branches
+        return ((self.policy.trained[-self.interval(self.stage)], self.settings.num_branches),)
 
     def learn(self, rollout: Rollout) -> Experience:
         """Advantages within branches; moves on to the next stage when this one is over."""
@@ -150,7 +151,7 @@ class B2:
         advantages = advantages * advantages.new_tensor(weights)[(advantages > 0).long()]
         metrics["samples/used"] = float(used.float().mean())
         self._advance(spread)
-        columns = {"advantages": advantages, "old_logps": self.objective.old_logps(rollout)}
+        columns = {"advantages": advantages, "old_logps": old_logps(rollout)}
         return Experience(rollout, items[:, None], used.to(advantages), columns, metrics)
 
     def losses(

@@ -91,9 +91,9 @@ class DPO:
         require("dpo.pairs_per_group", pairs, 2 * pairs <= num_generations, limit)
         return pairs
 
-    def branch(self) -> None:
+    def branch(self) -> tuple[()]:
         """Samples of a group are independent."""
-        return None
+        return ()
 
     def learn(self, rollout: Rollout) -> Experience:
         """The best samples of each group and its worst; a pair within the margin has weight 0."""

@@ -89,9 +89,9 @@ class DRAGON:
             )
         return num_generations // 2
 
-    def branch(self) -> None:
+    def branch(self) -> tuple[()]:
         """Samples of a group are independent."""
-        return None
+        return ()
 
     def learn(self, rollout: Rollout) -> Experience:
         """Split the rollout; pairs that cannot be scored, or are alike, have weight 0."""

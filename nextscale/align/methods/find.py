@@ -6,7 +6,7 @@ The policy is a `StartPolicy`; everything else is GRPO's loss on it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from nextscale.align.advantages import group_advantages, informative
 from nextscale.align.experience import Experience, Rollout
-from nextscale.align.methods.grpo import GRPO, GRPOConfig, check_nested
-from nextscale.align.methods.method import Loss
+from nextscale.align.methods.grpo import GRPO
+from nextscale.align.methods.grpo_config import GRPOConfig, check_nested
+from nextscale.align.methods.method import Loss, old_logps
 from nextscale.align.starts import Space
 from nextscale.align.trajectory import Policy, Trajectory
 from nextscale.errors import require
@@ -112,11 +113,10 @@ class FIND:
         """The starts of a group, and of as many groups of earlier rollouts."""
         return num_generations * (1 + self.settings.replay)
 
-    def branch(self) -> tuple[int, int] | None:
+    def branch(self) -> Sequence[tuple[int, int]]:
         """`suffixes` pictures per start."""
-        if self.settings.suffixes == 1:
-            return None
-        return self.policy.num_steps, self.settings.suffixes
+        suffixes = self.settings.suffixes
+        return ((self.policy.num_steps, suffixes),) if suffixes > 1 else ()
 
     def learn(self, rollout: Rollout) -> Experience:
         """Advantages of starts; appends the last `replay` rollouts."""
@@ -223,7 +223,7 @@ class FIND:
 
     def _anchor(self, starts: Trajectory, rollout: Rollout) -> Float[Tensor, "b u"]:
         if self.settings.anchor == "previous":
-            return self.objective.old_logps(replace(rollout, trajectory=starts))
+            return old_logps(replace(rollout, trajectory=starts))
         with torch.no_grad():
             found = self.policy.evaluate(starts).ref_logp
         assert found is not None

@@ -8,24 +8,23 @@ of magnitude (`scale_weight`), a coarse scale can be judged by several completio
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from nextscale.align.advantages import (
-    AGGREGATIONS,
-    SCALES,
     combined_advantages,
     group_advantages,
     informative,
     soft_mean,
 )
 from nextscale.align.experience import Experience, Rollout
-from nextscale.align.methods.method import Loss
-from nextscale.align.objectives.grpo import LEVELS, LOSS_TYPES, aggregate, grpo_loss, grpo_metrics
+from nextscale.align.methods.covariance import covariances, highest, random_between
+from nextscale.align.methods.grpo_config import GRPOConfig
+from nextscale.align.methods.method import Loss, old_logps
+from nextscale.align.objectives.grpo import BY_SAMPLE, aggregate, grpo_loss, grpo_metrics
 from nextscale.align.objectives.kl import k2
 from nextscale.align.rewards.reward import call, numbers
 from nextscale.align.trajectory import Policy, StepEval
@@ -33,124 +32,10 @@ from nextscale.align.units import trained_weights, unit_steps
 from nextscale.errors import UserError, require
 from nextscale.streams import stream
 
-KL_ESTIMATORS = ("k1", "k2", "k3", "exact")
 WHOLE = ("luspo", "vespo")  # loss types whose ratio is that of a whole sample
 _JUDGED = 32  # samples judged at once outside of the loss
 TokenMask = Callable[[Float[Tensor, "b 3 H W"], Sequence[str | int]], Float[Tensor, "b u"]]
 """Pictures in [0, 1] and their prompts -> weight of every unit."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GRPOConfig:
-    """Settings of GRPO; names and defaults as in trl 1.16 but for `loss_type`."""
-
-    loss_type: str = "grpo"
-    """grpo, bnpo, dapo, dr_grpo, cispo, sapo, luspo or vespo."""
-    importance_sampling_level: str = "token"
-    """token, or sequence: one ratio per sample (GSPO)."""
-    epsilon: float | None = None
-    """Clip range of the ratio; None: 0.2 (trl), or 1e-4 for diffusion with log-probabilities
-    averaged over dimensions (DDPO), where 0.2 would never clip."""
-    epsilon_high: float | None = None
-    """Upper clip range; None: epsilon. DAPO: 0.28."""
-    delta: float | None = None
-    """Two-sided clip: cap of the ratio of bad samples, above 1 + epsilon_high."""
-    beta: float = 0.0
-    """Weight of the KL divergence from the reference."""
-    kl_estimator: str = "k3"
-    """k3 (trl), k2, exact (the full sum or closed form), or k1 in the reward."""
-    use_bias_correction_kl: bool = True
-    """Multiply k3 by the importance ratio."""
-    scale_rewards: str = "group"
-    """Divide advantages by the deviation of the group, of the batch, or none (Dr. GRPO)."""
-    multi_objective_aggregation: str = "sum_then_normalize"
-    """Or normalize_then_sum (GDPO), for rewards on different scales."""
-    std_ddof: int = 1
-    """1: unbiased deviation (trl); 0: population (DDPO, Flow-GRPO)."""
-    std_eps: float = 1e-4
-    """Added to deviations."""
-    advantage_clip: float | None = None
-    """Clamp advantages to this; 5 in DDPO and its successors."""
-    entropy_coef: float = 0.0
-    """Weight of an entropy bonus (categorical policies)."""
-    top_entropy_quantile: float = 1.0
-    """Only this share of a rollout's tokens, those of highest entropy, get a policy gradient (trl
-    takes the share of each micro-batch); 1: all."""
-
-    scale_weight: str = "token"
-    """Weight of tokens: token (1), scale (1 / n_k, each scale is one action) or power (n_k^-a)."""
-    scale_weight_alpha: float = 0.5
-    """a of power."""
-    scale_weights: tuple[float, ...] = ()
-    """Weights per scale (or denoising step) instead; empty: as scale_weight says."""
-    credit: Literal["trajectory", "vmr"] = "trajectory"
-    """trajectory: one advantage for all scales. vmr: scales before `vmr_scale` are judged by the
-    soft mean over `vmr_samples` completions, the later ones by their own reward."""
-    vmr_scale: int = 3
-    """First scale (or step) of the suffix."""
-    vmr_samples: int = 2
-    """Completions per prefix; a group then has num_generations x vmr_samples samples."""
-    vmr_temperature: float = 1.0
-    """tau of V = tau log mean exp(r / tau)."""
-    vmr_alternate: bool = False
-    """Train prefix and suffix in alternate rollouts instead of together."""
-
-    chunk_steps: int | None = None
-    """Denoising steps per forward and backward pass; None: 1 for diffusion. Next-scale
-    transformers judge all scales in one pass."""
-    step_fraction: float = 1.0
-    """Share of the denoising steps that each optimizer step trains, drawn at random."""
-
-    def __post_init__(self) -> None:
-        choices = {
-            "loss_type": LOSS_TYPES,
-            "importance_sampling_level": LEVELS,
-            "kl_estimator": KL_ESTIMATORS,
-            "scale_rewards": SCALES,
-            "multi_objective_aggregation": AGGREGATIONS,
-            "scale_weight": ("token", "scale", "power"),
-            "credit": ("trajectory", "vmr"),
-        }
-        for name, allowed in choices.items():
-            value = getattr(self, name)
-            require(name, value, value in allowed, f"be one of {', '.join(allowed)}")
-        positive = ("epsilon", "epsilon_high", "vmr_samples", "vmr_temperature")
-        for name in (*positive, "advantage_clip", "chunk_steps"):
-            value = getattr(self, name)
-            require(name, value, value is None or value > 0, "be above 0")
-        for name in ("beta", "entropy_coef", "std_eps"):
-            require(name, getattr(self, name), getattr(self, name) >= 0, "be 0 or more")
-        require("std_ddof", self.std_ddof, self.std_ddof in (0, 1), "be 0 or 1")
-        given = not self.scale_weights or max(self.scale_weights) > 0
-        require("scale_weights", self.scale_weights, given, "have a number above 0")
-        if self.multi_objective_aggregation == "normalize_then_sum":
-            k1 = self.beta > 0 and self.kl_estimator == "k1"
-            if k1 or self.credit == "vmr":
-                what = "kl_estimator k1" if k1 else "credit vmr"
-                raise UserError(
-                    f"{what} needs one reward per sample: use multi_objective_aggregation "
-                    "sum_then_normalize with reward_weights or reward_scales"
-                )
-        for name in ("top_entropy_quantile", "step_fraction"):
-            value = getattr(self, name)
-            require(name, value, 0 < value <= 1, "lie in (0, 1]")
-
-
-def check_nested(name: str, loss: GRPOConfig) -> None:
-    """What other methods do not take of GRPO's settings is refused, as it would do nothing.
-
-    Raises:
-        UserError: For such a setting.
-    """
-    allowed = {
-        "credit": ("trajectory",),
-        "kl_estimator": ("k3", "k2", "exact"),
-        "top_entropy_quantile": (1.0,),
-        "multi_objective_aggregation": ("sum_then_normalize",),
-    }
-    for key, values in allowed.items():
-        value, names = getattr(loss, key), " or ".join(map(str, values))
-        require(f"{name}.{key}", value, value in values, f"be {names}: others are GRPO's alone")
 
 
 class GRPO:
@@ -183,6 +68,9 @@ class GRPO:
         gaussian = policy.kind == "gaussian"
         if gaussian and (settings.entropy_coef or settings.top_entropy_quantile < 1):
             raise UserError("entropy settings are for next-scale models; set entropy_coef 0")
+        if gaussian and (settings.covariance != "none" or settings.baseline == "score_norm"):
+            what = "baseline score_norm" if settings.covariance == "none" else "covariance"
+            raise UserError(f"grpo.{what} looks at probabilities of tokens: for next-scale models")
         self.chunk = settings.chunk_steps or (1 if gaussian else policy.num_steps)
         sequence = settings.importance_sampling_level == "sequence"
         if self.chunk < policy.num_steps and (sequence or settings.loss_type in WHOLE):
@@ -200,11 +88,11 @@ class GRPO:
         vmr = self.settings.credit == "vmr"
         return num_generations * (self.settings.vmr_samples if vmr else 1)
 
-    def branch(self) -> tuple[int, int] | None:
+    def branch(self) -> Sequence[tuple[int, int]]:
         """For credit=vmr, `vmr_samples` completions from `vmr_scale` on."""
         if self.settings.credit != "vmr":
-            return None
-        return self.settings.vmr_scale, self.settings.vmr_samples
+            return ()
+        return ((self.settings.vmr_scale, self.settings.vmr_samples),)
 
     # ---- from rewards to advantages ----------------------------------------------------------
 
@@ -212,9 +100,9 @@ class GRPO:
         """Advantages of all samples; those of groups without differences are given weight 0."""
         settings, total = self.settings, rollout.total
         if settings.beta and settings.kl_estimator == "k1":
-            total = total - settings.beta * self._mean_log_ratio(rollout)
+            total = total - settings.beta * self.log_ratios(rollout, mean=True)
         plain = self._advantages(rollout, total)
-        columns = {"advantages": plain, "old_logps": self.old_logps(rollout)}
+        columns = {"advantages": plain, "old_logps": old_logps(rollout)}
         if settings.credit == "vmr":
             columns["advantages"] = self._vmr(rollout, total, plain)
         if settings.advantage_clip is not None:
@@ -225,20 +113,20 @@ class GRPO:
             columns["advantages"] = per_unit * self._uncertain(rollout)
         if self.token_mask is not None:
             columns["mask"] = self._token_weights(self.token_mask, rollout).to(plain)
+        if settings.covariance != "none":
+            columns |= self._by_covariance(rollout, columns)
         strength = columns["advantages"].abs()
         strength = strength if strength.ndim == 1 else strength.amax(dim=1)
         items = torch.arange(len(plain), device=plain.device)[:, None]
         useful = informative(strength, rollout.groups).to(plain)
         return Experience(rollout, items, useful, columns)
 
-    def old_logps(self, rollout: Rollout) -> Float[Tensor, "b u"]:
-        """Log-probabilities under the policy when it drew the rollout."""
-        parts = rollout.trajectory.logps
-        return torch.cat([logp if logp.ndim == 2 else logp[:, None] for logp in parts], dim=1)
-
     def _advantages(self, rollout: Rollout, total: Tensor) -> Float[Tensor, " b"]:
         """One per sample; normalize_then_sum looks at the rewards one by one."""
         options = self._scaling()
+        if self.settings.baseline != "mean":
+            norms = (1 - old_logps(rollout).exp()) * self.weights.to(total)
+            options |= {"baseline": self.settings.baseline, "score_norms": norms.sum(1)}
         if self.settings.multi_objective_aggregation == "sum_then_normalize":
             return group_advantages(total, rollout.groups, **options)
         return combined_advantages(
@@ -252,6 +140,20 @@ class GRPO:
     def _scaling(self) -> dict[str, Any]:
         names = ("scale_rewards", "std_eps", "std_ddof")
         return {name: getattr(self.settings, name) for name in names}
+
+    def _by_covariance(
+        self, rollout: Rollout, columns: dict[str, Tensor]
+    ) -> dict[str, Float[Tensor, "b u"]]:
+        """Clip-Cov: tokens without gradient; KL-Cov: "held", those that are held."""
+        settings, old = self.settings, columns["old_logps"]
+        advantages = columns["advantages"].view(len(old), -1).expand_as(old)
+        found = covariances(advantages, old, (self.weights > 0).to(old.device).expand_as(old))
+        if settings.covariance == "kl":
+            return {"held": highest(found, settings.covariance_share).to(old)}
+        low, high = settings.covariance_bounds
+        share = settings.covariance_share
+        clipped = random_between(found, low, high, share, stream(*rollout.key, 13))
+        return {"advantages": torch.where(clipped, 0.0, advantages)}
 
     def _vmr(self, rollout: Rollout, total: Tensor, plain: Tensor) -> Float[Tensor, "b u"]:
         """[B, U]: units before `vmr_scale` get their prefix's advantage, the others their own."""
@@ -268,13 +170,14 @@ class GRPO:
         return advantages
 
     @torch.no_grad()
-    def _mean_log_ratio(self, rollout: Rollout) -> Float[Tensor, " b"]:
-        """k1 = log pi - log ref of each sample, mean over units."""
+    def log_ratios(self, rollout: Rollout, *, mean: bool = False) -> Float[Tensor, " b"]:
+        """k1 = log pi - log ref of each sample, by weight of units; sum or mean over them."""
         found = []
         for ev in self._judged(rollout, "ref_logp"):
             assert ev.ref_logp is not None
             mask = self._mask(ev)
-            found.append(((ev.logp - ev.ref_logp) * mask).sum(1) / mask.sum(1))
+            total = ((ev.logp - ev.ref_logp) * mask).sum(1)
+            found.append(total / mask.sum(1) if mean else total)
         return torch.cat(found)
 
     @torch.no_grad()
@@ -330,7 +233,7 @@ class GRPO:
         # Sums of the weights over all steps, which neither chunks nor micro-batches change: of each
         # sample, or of all samples of the rollout.
         each = self._step_weights(experience, steps).sum(1).expand(len(experience.rollout.groups))
-        averaged = self.settings.loss_type in ("grpo", "sapo")
+        averaged = self.settings.loss_type in BY_SAMPLE
         normalizer = each[rows] if averaged else each.mean() * len(rows)
         for chunk in chunks:
             ev = self.policy.evaluate(trajectory, chunk, need=self._need(), network=network)
@@ -352,6 +255,7 @@ class GRPO:
             "importance_sampling_level": settings.importance_sampling_level,
             "use_bias_correction_kl": settings.use_bias_correction_kl,
         }
+        held = own["held"][:, ev.unit] if "held" in own else None
         loss = grpo_loss(
             ev.logp,
             old,
@@ -363,9 +267,13 @@ class GRPO:
             beta=k3,
             max_completion_length=sum(self.policy.units),
             normalizer=normalizer,
+            mirror_step=settings.mirror_step,
             **shared,
         )
         extra = self._extra_terms(ev)
+        if held is not None:
+            term = self._held_terms(ev, old, advantages) * held
+            extra = term if extra is None else extra + term
         if extra is not None:
             length = sum(self.policy.units)
             loss = loss + aggregate(
@@ -378,6 +286,14 @@ class GRPO:
         if ev.kl is not None:
             metrics["kl"] = float((ev.kl.detach() * mask).sum() / mask.sum().clamp_min(1e-12))
         return loss, metrics
+
+    def _held_terms(self, ev: StepEval, old: Tensor, advantages: Tensor) -> Float[Tensor, "b u"]:
+        """KL-Cov: -rho A + coef |l| in place of the clipped loss."""
+        log_ratio = ev.logp - old
+        ratio, high = log_ratio.exp(), self.settings.epsilon_high or self.epsilon
+        clipped = ratio.clamp(1 - self.epsilon, 1 + high)
+        unclipped = torch.minimum(ratio * advantages, clipped * advantages) - ratio * advantages
+        return unclipped + self.settings.covariance_coef * log_ratio.abs()
 
     def _extra_terms(self, ev: StepEval) -> Tensor | None:
         """Terms per unit that `grpo_loss` does not have: other KL forms, entropy."""

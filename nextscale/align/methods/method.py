@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -31,8 +32,8 @@ class Method(Protocol):
         """Examples that a group of a rollout gives; the data of a step are counted in these."""
         ...
 
-    def branch(self) -> tuple[int, int] | None:
-        """Where rollouts branch, and into how many siblings; see `collect`."""
+    def branch(self) -> Sequence[tuple[int, int]]:
+        """Where rollouts branch, and into how many siblings, level by level; see `collect`."""
         ...
 
     def learn(self, rollout: Rollout) -> Experience:
@@ -51,6 +52,12 @@ class Method(Protocol):
             network: The wrapped module of the training loop.
         """
         ...
+
+
+def old_logps(rollout: Rollout) -> Float[Tensor, "b u"]:
+    """Log-probabilities of all units under the policy when it drew the rollout."""
+    parts = rollout.trajectory.logps
+    return torch.cat([logp if logp.ndim == 2 else logp[:, None] for logp in parts], dim=1)
 
 
 def grouped(values: Float[Tensor, " b"], groups: Int[Tensor, " b"]) -> Float[Tensor, "p g"]:

@@ -65,9 +65,9 @@ class RAFT:
         require("raft.top_k", self.settings.top_k, self.settings.top_k <= num_generations, limit)
         return self.settings.top_k
 
-    def branch(self) -> None:
+    def branch(self) -> tuple[()]:
         """Samples of a group are independent."""
-        return None
+        return ()
 
     def learn(self, rollout: Rollout) -> Experience:
         """The best samples of each group; groups without differences teach nothing."""

@@ -1,4 +1,4 @@
-"""GRPO and its relatives: clipped importance ratios, aggregated in nine ways.
+"""GRPO and its relatives: clipped importance ratios, and what takes the place of the clip.
 
 Symbols: l = logp - old_logp per unit (a token or a denoising step), rho = exp(l), A the advantage,
 m the mask, h = logp - ref_logp. A unit's loss L is averaged by the mask as `loss_type` says.
@@ -13,7 +13,11 @@ from torch import Tensor
 from nextscale.align.objectives.kl import k3
 from nextscale.errors import UserError, require
 
-LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo", "luspo", "vespo")
+LOSS_TYPES = (
+    *("grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"),  # trl's
+    *("gbpo", "gbpo_square", "mdpo"),
+)
+BY_SAMPLE = ("grpo", "sapo", "gbpo", "gbpo_square", "mdpo")  # averaged sample by sample
 LEVELS = ("token", "sequence")
 _SAPO_POSITIVE, _SAPO_NEGATIVE = 1.0, 1.05
 _VESPO_POSITIVE, _VESPO_NEGATIVE = (2.0, 3.0), (3.0, 2.0)
@@ -36,6 +40,7 @@ def grpo_loss(
     max_completion_length: float | None = None,
     use_bias_correction_kl: bool = True,
     normalizer: float | Tensor | None = None,
+    mirror_step: float = 1.0,
 ) -> Float[Tensor, ""]:
     """The policy-gradient loss of a batch of samples (GRPO, arXiv 2402.03300; names as trl 1.16).
 
@@ -50,8 +55,16 @@ def grpo_loss(
     | sapo | -(4 / T) sigmoid(T (rho - 1)) A, T = 1 if A > 0 else 1.05 | as grpo |
     | luspo | rho of the whole sequence | mean_i sum_u m L |
     | vespo | -sg[exp(lam + k log W - lam W)] A logp, W = exp(sum_u m l) | as dapo |
+    | gbpo | abs(A) abs(rho - rho*), rho* = 1 + epsilon_high if A > 0 else 1 - epsilon | as grpo |
+    | gbpo_square | abs(A) (rho - rho*)^2 | as grpo |
+    | mdpo | -rho A + (rho log rho - rho + 1) / mirror_step | as grpo |
 
     GSPO is `loss_type="grpo", importance_sampling_level="sequence"`: rho_i = exp(mean_u l).
+
+    gbpo is our reading of bounded policy optimisation: the best policy within the ratio's bounds is
+    pi_old (1 +- epsilon) by the sign of a median-centred advantage, and the loss is the weighted
+    distance to it. mdpo is mirror descent (arXiv 2005.09814): its second term has the expectation
+    KL(pi || pi_old) under samples of pi_old.
 
     Differences from trl: the default of `loss_type` is grpo; the mask may hold weights, which then
     count in the denominators too; bnpo takes `normalizer` like dapo.
@@ -74,7 +87,9 @@ def grpo_loss(
         normalizer: Sum of the mask over everything that one optimizer step sees, so that the
             gradient does not depend on how it is split; None: over this batch. grpo and sapo, which
             average sample by sample, take [B], sums over all units of each sample, where this batch
-            holds only some of them; one number has no effect on them, nor on dr_grpo and luspo.
+            holds only some of them, and so do gbpo and mdpo; one number has no effect on them, nor
+            on dr_grpo and luspo.
+        mirror_step: mdpo's step size t: the larger, the weaker the pull to the old policy.
 
     Raises:
         UserError: For an unknown name, or shapes that do not fit.
@@ -93,6 +108,14 @@ def grpo_loss(
         loss = -(4 / temperature) * torch.sigmoid(temperature * (ratio - 1)) * advantages
     elif loss_type == "vespo":
         loss = -_vespo_weight(log_ratio, advantages, mask).detach() * advantages * logps
+    elif loss_type in ("gbpo", "gbpo_square"):
+        target = _choose(advantages > 0, 1 + high, 1 - epsilon, ratio)
+        distance = ratio - target
+        distance = distance.square() if loss_type == "gbpo_square" else distance.abs()
+        loss = advantages.abs() * distance
+    elif loss_type == "mdpo":
+        require("mirror_step", mirror_step, mirror_step > 0, "be above 0")
+        loss = -ratio * advantages + (ratio * ratio.log() - ratio + 1) / mirror_step
     else:
         require("delta", delta, delta is None or delta > 1 + high, f"be above {1 + high}")
         capped = ratio if delta is None else ratio.clamp(max=delta)
@@ -122,7 +145,7 @@ def aggregate(
 ) -> Float[Tensor, ""]:
     """The average of unit losses that belongs to a `loss_type`, see `grpo_loss`."""
     weighted = loss * mask
-    if loss_type in ("grpo", "sapo"):
+    if loss_type in BY_SAMPLE:
         each = mask.sum(1)
         if isinstance(normalizer, Tensor) and normalizer.ndim == 1:
             each = normalizer.to(mask)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 from nextscale import storage
 from nextscale.align.rewards.reward import AnyReward, CheckedReward, Prompts, as_reward
 from nextscale.data.images import to_uint8
-from nextscale.errors import UserError
+from nextscale.errors import UserError, require
 from nextscale.eval.clip import ClipFeatures
 from nextscale.eval.feature_network import BUNDLED, SmallFeatures
 from nextscale.eval.features import extract
@@ -27,9 +28,40 @@ from nextscale.eval.statistics import check_same, is_statistics, read_statistics
 logger = logging.getLogger(__name__)
 
 WORLDS = ("scenes", "scenes-all")
+SIDE = 64  # of the pictures of a built-in world where the features have no size of their own
 NUM_REFERENCE = 2000  # pictures of a built-in world that make its reference
 _CANCELLED = 1e-6  # share of the scatter below which a downdate has lost its digits
 
+
+class Thumbnails:
+    """Mean colours of a grid of fields: what a picture is like without any network.
+
+    Sets by these features are compared by palette and rough layout alone.
+
+    Args:
+        size: Fields per side; size^2 x 3 features in [0, 1].
+    """
+
+    def __init__(self, size: int = 4) -> None:
+        require("size", size, size > 0, "be above 0")
+        self.size = size
+        self.taps: Mapping[str, int] = {"pixels": 3 * size * size}
+        self.labels: Mapping[str, str] = {"pixels": f"{size}x{size}"}
+
+    def __call__(
+        self, images: Sequence[np.ndarray], indices: Sequence[int] = ()
+    ) -> dict[str, Float[Tensor, "b d"]]:
+        """Features of uint8 RGB pictures [h, w, 3]."""
+        pixels = [torch.tensor(image).permute(2, 0, 1).float() / 255 for image in images]
+        fields = [adaptive_avg_pool2d(picture, self.size) for picture in pixels]
+        return {"pixels": torch.stack(fields).flatten(1)}
+
+    def fingerprint(self) -> dict[str, str]:
+        """What two sets of features must share to be compared."""
+        return {"model": "thumbnails", "pixels": str(self.size)}
+
+
+FeatureNetwork = SmallFeatures | ClipFeatures | Thumbnails
 FeatureFunction = Callable[[Tensor], Float[Tensor, "b d"]]
 """Pictures in [0, 1] -> features."""
 
@@ -161,9 +193,7 @@ def instance_frechet_reward(reward: FrechetReward, name: str = "frechet_instance
     return as_reward(distance, name, range=bounds, needs_prompt=False)
 
 
-def frechet_reward(
-    reference: str, network: SmallFeatures | ClipFeatures, name: str = "frechet"
-) -> FrechetReward:
+def frechet_reward(reference: str, network: FeatureNetwork, name: str = "frechet") -> FrechetReward:
     """The Fréchet reward of a set of exemplars; every process of a run must call it.
 
     Args:
@@ -221,7 +251,7 @@ def warn_of_small_sets(reward: AnyReward, count: int) -> None:
         )
 
 
-def features_by(network: SmallFeatures | ClipFeatures) -> FeatureFunction:
+def features_by(network: FeatureNetwork) -> FeatureFunction:
     """Pictures in [0, 1] -> features of a network."""
     tap = next(iter(network.taps))
 
@@ -231,7 +261,7 @@ def features_by(network: SmallFeatures | ClipFeatures) -> FeatureFunction:
     return features_of
 
 
-def _moments(reference: str, network: SmallFeatures | ClipFeatures, tap: str) -> Moments:
+def _moments(reference: str, network: FeatureNetwork, tap: str) -> Moments:
     """Of the features of exemplars."""
     if reference in WORLDS:
         images = open_images(*_world(reference, network))
@@ -242,7 +272,7 @@ def _moments(reference: str, network: SmallFeatures | ClipFeatures, tap: str) ->
             kinds += ", or a .txt with one text per line"
         raise UserError(f"there are no exemplars {reference}. Give {kinds}")
     if Path(reference).suffix == ".txt":
-        if isinstance(network, SmallFeatures):
+        if not isinstance(network, ClipFeatures):
             raise UserError(f"{reference} holds texts, which only CLIP reads: use frechet_clip")
         lines = [line.strip() for line in storage.read_lines(reference)]
         texts = [line for line in lines if line]
@@ -252,11 +282,13 @@ def _moments(reference: str, network: SmallFeatures | ClipFeatures, tap: str) ->
     return extract(open_images(reference), network, moments=[tap]).moments(tap)
 
 
-def _world(name: str, network: SmallFeatures | ClipFeatures) -> tuple[Any, int]:
+def _world(name: str, network: FeatureNetwork) -> tuple[Any, int]:
     from nextscale.data.sources import open_source
 
-    small = isinstance(network, SmallFeatures)
-    side = network.network.config.resolution if small else network.clip.size
+    if isinstance(network, SmallFeatures):
+        side = network.network.config.resolution
+    else:
+        side = network.clip.size if isinstance(network, ClipFeatures) else SIDE
     data = open_source(name, resolution=side, split="validation", num_images=NUM_REFERENCE)
 
     def draw(start: int, count: int) -> np.ndarray:

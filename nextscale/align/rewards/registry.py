@@ -69,6 +69,8 @@ def open_reward(
     | clip[:MODEL] | cosine by the bundled CLIP, a model folder, or one of open_clip |
     | frechet:EXEMPLARS | set reward: Fréchet distance in the bundled features |
     | frechet_instance:EXEMPLARS | the same of each picture alone |
+    | frechet_pixels:EXEMPLARS[@SIZE] | the set reward of thumbnails of SIZE^2 (4) mean colours |
+    | frechet_pixels_instance:EXEMPLARS[@SIZE] | the same of each picture alone |
     | frechet_clip:EXEMPLARS[@MODEL] | the set reward in CLIP's space: also exemplar texts |
     | frechet_clip_instance:EXEMPLARS[@MODEL] | the same of each picture alone |
     | control_consistency[:TYPE[:SOURCE]] | agreement with the control map, by an extractor |
@@ -163,6 +165,22 @@ def _frechet_instance(argument: str | None, opening: Opening) -> AnyReward:
     return instance_frechet_reward(frechet_reward(exemplars, small_features(device=opening.device)))
 
 
+def _frechet_pixels(argument: str | None, opening: Opening) -> FrechetReward:
+    from nextscale.align.rewards.distribution import Thumbnails, frechet_reward
+
+    what = _needed("frechet_pixels", argument, "exemplars, such as a folder")
+    exemplars, _, size = what.partition("@")
+    if size and not size.isdecimal():
+        raise UserError(f'frechet_pixels:{what}: the size "{size}" is no number of fields')
+    return frechet_reward(exemplars, Thumbnails(int(size or 4)), "frechet_pixels")
+
+
+def _frechet_pixels_instance(argument: str | None, opening: Opening) -> AnyReward:
+    from nextscale.align.rewards.distribution import instance_frechet_reward
+
+    return instance_frechet_reward(_frechet_pixels(argument, opening), "frechet_pixels_instance")
+
+
 def _frechet_clip(argument: str | None, opening: Opening) -> FrechetReward:
     from nextscale.align.rewards.distribution import frechet_reward
     from nextscale.eval.clip import BUNDLED, ClipFeatures, open_clip_model
@@ -223,6 +241,8 @@ REWARDS: dict[str, Factory] = {
     "clip": _clip,
     "frechet": _frechet,
     "frechet_instance": _frechet_instance,
+    "frechet_pixels": _frechet_pixels,
+    "frechet_pixels_instance": _frechet_pixels_instance,
     "frechet_clip": _frechet_clip,
     "frechet_clip_instance": _frechet_clip_instance,
     "control_consistency": _consistency,

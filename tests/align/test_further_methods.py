@@ -1,0 +1,306 @@
+"""The further methods: reference values, and what must hold whatever the values."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nextscale.align.advantages import beta_norm, group_advantages
+from nextscale.align.methods.covariance import covariances, highest, random_between
+from nextscale.align.methods.d2o import D2O, D2OConfig
+from nextscale.align.methods.fdpg import FDPG, FDPGConfig, fdpg_rewards
+from nextscale.align.methods.grpo import GRPO
+from nextscale.align.methods.grpo_config import GRPOConfig
+from nextscale.align.methods.nft import NFT, NFTConfig
+from nextscale.align.methods.reg_grpo import RegGRPO, RegGRPOConfig
+from nextscale.align.methods.sibling import Sibling, SiblingConfig
+from nextscale.align.objectives import diffusion_nft_loss, grpo_loss, nft_loss, reg_grpo_loss
+from nextscale.errors import UserError
+
+MISC = json.loads((Path(__file__).parents[1] / "golden" / "align" / "misc.json").read_text())
+
+
+def double(values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def close(found: Any, wanted: Any, rtol: float = 1e-9, atol: float = 1e-10) -> None:
+    torch.testing.assert_close(
+        torch.as_tensor(found, dtype=torch.float64).detach(), double(wanted), rtol=rtol, atol=atol
+    )
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+# ---- reference values ----------------------------------------------------------------------------
+
+
+def test_beta_normalisation() -> None:
+    row = MISC["bnpo_beta"]
+    rewards = double(row["rewards"])
+    groups = torch.arange(len(rewards)).repeat_interleave(rewards.shape[1])
+    close(beta_norm(rewards.flatten(), groups).view_as(rewards), row["advantages"])
+    found = group_advantages(rewards.flatten(), groups, scale_rewards="beta_norm")
+    close(found.view_as(rewards), row["advantages"])
+    with pytest.raises(UserError, match=r"beta_norm's rewards is 0 to 2"):
+        beta_norm(double([0.0, 2.0]), torch.tensor([0, 0]))
+
+
+def test_covariances() -> None:
+    row = MISC["covariance_control"]
+    found = covariances(double(row["advantages"]), double(row["logps"]))
+    close(found, row["cov"])
+    chosen = highest(found, row["kl_cov_top_percent"] / 100)
+    assert chosen.flatten().nonzero()[:, 0].tolist() == row["kl_cov_indices"]
+    low, high = 0.0, 1.0
+    some = random_between(found, low, high, 0.2, torch.Generator().manual_seed(0))
+    assert int(some.sum()) == 2
+    assert bool(((found[some] > low) & (found[some] < high)).all())
+    few = random_between(found, 1.0, 5.0, 0.5, torch.Generator().manual_seed(0))
+    assert few.flatten().nonzero()[:, 0].tolist() == [2]
+    counted = torch.ones_like(found, dtype=torch.bool)
+    counted[0] = False
+    part = covariances(double(row["advantages"]), double(row["logps"]), counted)
+    assert not part[0].any()
+    rest = covariances(double(row["advantages"])[1:], double(row["logps"])[1:])
+    close(part[1:], rest.tolist())
+
+
+def test_nft() -> None:
+    row = MISC["nft_llm"]
+    logps, right = double(row["ratio"]).log()[:, None], double(row["label"])
+    share = torch.full_like(right, row["r_q"])
+    close(nft_loss(logps, torch.zeros_like(logps), right, share), row["loss"])
+
+
+def test_nft_is_grpo_on_policy() -> None:
+    """Its gradient is that of advantages 1 and -q / (1 - q)."""
+    logps = noise(6, 4)
+    right, share = double([1, 0, 0, 1, 1, 1]), double([1 / 3, 1 / 3, 1 / 3, 0.75, 0.75, 0.75])
+    advantages = torch.where(right > 0, 1.0, -share / (1 - share))
+    grads = []
+    for loss in (
+        lambda x: nft_loss(x, logps, right, share),
+        lambda x: grpo_loss(x, logps, advantages),
+    ):
+        x = logps.clone().requires_grad_()
+        loss(x).backward()
+        grads.append(x.grad)
+    close(grads[0], grads[1].tolist())
+
+
+def test_diffusion_nft() -> None:
+    row = MISC["diffusion_nft"]
+    v, old, clean, noised = (double(row[name]) for name in ("v", "v_old", "x0", "xt"))
+    t, share = double(row["t"])[:, None], double(row["r"])
+    predicted = noised - t * v
+    found = diffusion_nft_loss(predicted, noised - t * old, clean, share, beta=row["beta"])
+    close(found, row["loss_per_sample"])
+    even = predicted.clone().requires_grad_()
+    half = torch.full_like(share, 0.5)
+    diffusion_nft_loss(even, predicted, clean, half, beta=row["beta"]).sum().backward()
+    assert even.grad is not None
+    close(even.grad, torch.zeros_like(even).tolist())  # 1/2 teaches nothing on policy
+
+
+def test_reg_grpo() -> None:
+    row = MISC["reg_grpo"]
+    ratios, advantages = double(row["log_ratio"])[None], double(row["advantage"])[None]
+    close(reg_grpo_loss(ratios, advantages), row["loss"])
+    at_once = torch.zeros_like(ratios).requires_grad_()
+    reg_grpo_loss(at_once, advantages, beta=0.5).backward()
+    assert at_once.grad is not None
+    centred = advantages - advantages.mean()
+    close(at_once.grad, (-2 / 0.5 * centred / 4).tolist())
+
+
+# ---- losses in the place of the clip -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss_type", ["gbpo", "gbpo_square", "mdpo"])
+def test_the_first_step_follows_the_advantages(loss_type: str) -> None:
+    old, advantages = noise(4, 3), double([1.0, -2.0, 0.5, 0.0])
+    x = old.clone().requires_grad_()
+    grpo_loss(x, old, advantages, loss_type=loss_type, epsilon=0.2).backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad.sign(), -advantages.sign()[:, None].expand(4, 3))
+    if loss_type == "mdpo":
+        close(x.grad, (-advantages[:, None] / 12).expand(4, 3).tolist())
+
+
+def test_the_best_policy_within_bounds_costs_nothing() -> None:
+    old, advantages = noise(3, 2), double([1.0, -1.0, 0.0])
+    best = old + (1 + 0.2 * advantages.sign())[:, None].log()
+    for loss_type in ("gbpo", "gbpo_square"):
+        close(grpo_loss(best, old, advantages, loss_type=loss_type, epsilon=0.2), 0.0)
+        assert float(grpo_loss(old, old, advantages, loss_type=loss_type, epsilon=0.2)) > 0
+    high = old + (1 + 0.3 * advantages.clamp(min=0) + 0.2 * advantages.clamp(max=0))[:, None].log()
+    close(grpo_loss(high, old, advantages, loss_type="gbpo", epsilon=0.2, epsilon_high=0.3), 0.0)
+
+
+def test_mirror_descent_has_the_closed_form_of_its_step() -> None:
+    """Of a categorical, pi is proportional to pi_old exp(t A)."""
+    old, advantages = noise(5).log_softmax(0), noise(5, seed=1)
+    logits = old.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([logits], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        new = logits.log_softmax(0)
+        units = [
+            grpo_loss(new[i, None, None], old[i, None, None], advantages[i : i + 1],
+                      loss_type="mdpo", mirror_step=0.7)
+            for i in range(5)
+        ]  # fmt: skip
+        loss = sum((p * u for p, u in zip(old.exp(), units, strict=True)), logits.new_zeros(()))
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # pyright: ignore[reportArgumentType]
+    wanted = (old + 0.7 * advantages).softmax(0)
+    close(logits.softmax(0), wanted.tolist(), rtol=1e-4)
+
+
+# ---- baselines -----------------------------------------------------------------------------------
+
+
+def test_baselines_of_a_group() -> None:
+    rewards, groups = double([0.0, 1.0, 5.0, 2.0, 2.0, 2.0]), torch.tensor([0, 0, 0, 1, 1, 1])
+    median = group_advantages(rewards, groups, scale_rewards="none", baseline="median")
+    close(median, [-1.0, 0.0, 4.0, 0.0, 0.0, 0.0])
+    norms = double([1.0, 1.0, 2.0, 1.0, 1.0, 1.0])
+    options: dict[str, Any] = {"scale_rewards": "none", "baseline": "score_norm"}
+    weighted = group_advantages(rewards, groups, score_norms=norms, **options)
+    close(weighted, [-2.75, -1.75, 2.25, 0.0, 0.0, 0.0])
+    known = double([0.0, 1.0, math.nan])
+    alike = double([1.0] * 3)
+    unscorable = group_advantages(known, torch.tensor([0, 0, 0]), score_norms=alike, **options)
+    close(unscorable, [-0.5, 0.5, 0.0])
+    with pytest.raises(UserError, match="needs score_norms"):
+        group_advantages(rewards, groups, baseline="score_norm")
+
+
+def test_the_baseline_by_score_norms_has_the_least_variance() -> None:
+    """Of the gradient estimate g (r - b), over constants b; g and r depend on each other."""
+    score = noise(20000)
+    rewards = score.square() + 0.1 * noise(20000, seed=1)
+    norms, zeros = score.square(), torch.zeros(20000, dtype=torch.long)
+    spread = {
+        name: float(
+            (score * group_advantages(rewards, zeros, scale_rewards="none", baseline=name,
+                                      score_norms=norms)).var()
+        )
+        for name in ("mean", "score_norm")
+    }  # fmt: skip
+    assert spread["score_norm"] < 0.9 * spread["mean"]
+
+
+# ---- f-DPG ---------------------------------------------------------------------------------------
+
+
+def test_fdpg_rests_where_the_policy_is_the_target() -> None:
+    rewards = noise(2000)
+    beta = 0.5
+    # samples of pi = p: their log-ratio to the reference is r / beta - log Z
+    log_z = 0.3
+    at_target = rewards / beta - log_z
+    for divergence in ("reverse_kl", "forward_kl", "js_divergence"):
+        found = fdpg_rewards(at_target, rewards, beta, divergence)
+        assert float(found.std()) < 1e-6, divergence
+        away = fdpg_rewards(torch.zeros_like(rewards), rewards, beta, divergence)
+        order = rewards.argsort()
+        assert bool((away[order].diff() >= 0).all()), divergence
+
+
+def test_fdpg_by_reverse_kl_is_reward_with_a_kl_penalty() -> None:
+    rewards, log_ratio = noise(8), 0.1 * noise(8, seed=1)
+    found = fdpg_rewards(log_ratio, rewards, 0.5, "reverse_kl")
+    wanted = rewards / 0.5 - log_ratio
+    close(found - found.mean(), (wanted - wanted.mean()).tolist())
+
+
+# ---- on a policy ---------------------------------------------------------------------------------
+
+
+class Toy:
+    """As much of a policy as advantages look at: four steps of 1, 2, 3, 4 units."""
+
+    kind, averaged, num_steps = "categorical", False, 4
+    units, trained = (1, 2, 3, 4), range(4)
+
+
+def policy() -> Any:
+    return Toy()
+
+
+def test_siblings_are_judged_by_the_scales_that_they_differ_in() -> None:
+    method = Sibling(
+        SiblingConfig(steps=(1, 3), siblings=2, loss=GRPOConfig(scale_rewards="none")), policy()
+    )
+    assert method.branch() == [(1, 2), (3, 2)]
+    assert method.items_per_group(3) == 12
+    total = double([0, 2, 4, 6, 1, 1, 1, 1])  # one prompt, two trees of four leaves
+    found = method.advantages(total, torch.zeros(8, dtype=torch.long))
+    assert found.shape == (8, 10)
+    close(found[:, 0], [1, 1, 1, 1, -1, -1, -1, -1])  # tree values 3 and 1 around 2
+    close(found[:, 1], [-2, -2, 2, 2, 0, 0, 0, 0])  # node values 1 and 5 around 3
+    close(found[:, 5], found[:, 1].tolist())
+    close(found[:, 6], [-1, 1, -1, 1, 0, 0, 0, 0])  # leaves around their parent's mean
+    soft = Sibling(SiblingConfig(steps=(1, 3), value_temperature=1e-3), policy())
+    best = soft.advantages(total, torch.zeros(8, dtype=torch.long))
+    assert best[0, 0] > 0 > best[4, 0]
+    with pytest.raises(UserError, match=r"sibling.steps ends at 4"):
+        Sibling(SiblingConfig(steps=(4,)), policy())
+    for steps in ((0,), (2, 1), (1, 1)):
+        with pytest.raises(UserError, match="rise from 1"):
+            SiblingConfig(steps=steps)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"covariance": "kl", "loss_type": "cispo"}, "covariance kl takes the place of the clip"),
+        ({"baseline": "median", "credit": "vmr"}, "one advantage per sample"),
+        (
+            {"scale_rewards": "beta_norm", "multi_objective_aggregation": "normalize_then_sum"},
+            "one reward",
+        ),
+        ({"scale_rewards": "beta_norm", "baseline": "median"}, "has its own baseline"),
+        ({"covariance_bounds": (2.0, 1.0)}, "lowest, highest"),
+        ({"mirror_step": 0.0}, "mirror_step is 0"),
+    ],
+)
+def test_settings_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        GRPOConfig(**changes)
+
+
+def test_tokens_are_not_those_of_diffusion() -> None:
+    class Gaussian(Toy):
+        kind, averaged = "gaussian", True
+
+    other: Any = Gaussian()
+    for changes in ({"covariance": "clip"}, {"baseline": "score_norm"}):
+        with pytest.raises(UserError, match="for next-scale models"):
+            GRPO(GRPOConfig(**changes), other)
+    with pytest.raises(UserError, match="diffusion_nft"):
+        NFT(NFTConfig(), other)
+
+
+def test_what_a_group_gives() -> None:
+    for method, settings, count in (
+        (RegGRPO, RegGRPOConfig(), 1),
+        (D2O, D2OConfig(), 1),
+        (NFT, NFTConfig(), 8),
+        (FDPG, FDPGConfig(), 8),
+    ):
+        assert method(settings, policy()).items_per_group(8) == count
