@@ -55,6 +55,7 @@ CHECKER += "--prompts scenes:hard scenes:hard scenes:standard"
 VERDICT = "--reward_funcs checker --reward_weights 1 --prompts scenes:hard"
 B2 = f"--config b2-scenes --b2.num_stages 3 --b2.stage_rollouts 8 {RATE}"
 FIND = "--config find-scenes --learning_rate 1e-3"
+DRAGON = "--config dragon-scenes --dragon.credit leave_one_out --num_prompts 192"
 LARGE = "--num_prompts 96 --num_train_prompts 64"
 SETS = f"{RATE} --prompts CAPTIONS --eval_prompts HELD_OUT "
 SETS += "--reward_funcs frechet_pixels:EXEMPLARS@1 frechet_pixels_instance:EXEMPLARS@1 vendi "
@@ -71,10 +72,10 @@ SUITES: dict[str, dict[str, str]] = {
     },
     "sparse": {"GRPO": f"--config grpo-scenes {RATE} {VERDICT}", "B2-DiffuRL": f"{B2} {VERDICT}"},
     "sets": {  # six rollouts of 768 pictures, and four updates on each
-        "DRAGON, Fréchet": f"--config dragon-scenes --num_prompts 192 {SETS} 1 0 0",
+        "DRAGON, Fréchet": f"{DRAGON} {SETS} 1 0 0",
         "GRPO, part of each in Fréchet": f"--config grpo-scenes {LARGE} {SETS} 1 0 0",
         "GRPO, nearness of each": f"--config grpo-scenes {LARGE} {SETS} 0 1 0",
-        "DRAGON, Vendi": f"--config dragon-scenes --num_prompts 192 {SETS} 0 0 1",
+        "DRAGON, Vendi": f"{DRAGON} {SETS} 0 0 1",
     },
     "find": {
         f"{name}, {count} rollouts": f"{FIND} {flags} --max_train_steps {count} "

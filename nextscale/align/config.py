@@ -73,7 +73,12 @@ class AlignConfig(TrainingConfig):
     reward_scales: tuple[float, ...] = ()
     """What each raw reward is divided by; empty: 1. Usual: pickscore 26, aesthetic 10, JPEG 500."""
     reward_mode: str = "sum"
-    """How several rewards become one: sum, min (the least) or majority (of verdicts in [0, 1])."""
+    """How several rewards become one: sum, min (the least), majority (of verdicts in [0, 1]), or
+    lagrangian: a sum in which rewards weigh more while they are below their threshold."""
+    reward_thresholds: tuple[float, ...] = ()
+    """lagrangian: one per reward; nan: it is the objective, by its weight."""
+    lagrangian_rate: float = 0.1
+    """lagrangian: how fast weights follow what is missing at a threshold."""
     http_timeout: float = 60.0
     """Seconds that an http reward waits for an answer."""
     http_retries: int = 3
@@ -89,6 +94,11 @@ class AlignConfig(TrainingConfig):
     t-test, 20 rollouts or more). The trained weights stay in the checkpoints. None: save them in
     any case."""
 
+    curriculum: str | None = None
+    """dump: draw more from those `prompts` sources whose groups differ most in reward, or were
+    tried least. None: in turns."""
+    curriculum_temperature: float = 0.5
+    """dump: of the softmax over sources."""
     num_prompts: int = 16
     """Prompts per rollout, over all processes."""
     num_generations: int = 8
@@ -190,8 +200,12 @@ class AlignConfig(TrainingConfig):
         super().__post_init__()
         known = self.method in METHOD_NAMES
         require("method", self.method, known, f"be one of {', '.join(METHOD_NAMES)}")
-        modes = f"be one of {', '.join(MODES)}"
-        require("reward_mode", self.reward_mode, self.reward_mode in MODES, modes)
+        modes = (*MODES, "lagrangian")
+        known = self.reward_mode in modes
+        require("reward_mode", self.reward_mode, known, f"be one of {', '.join(modes)}")
+        if self.reward_thresholds and self.reward_mode != "lagrangian":
+            raise UserError("reward_thresholds are for reward_mode lagrangian")
+        require("curriculum", self.curriculum, self.curriculum in (None, "dump"), "be dump or None")
         require("http_timeout", self.http_timeout, self.http_timeout > 0, "be above 0")
         require("http_retries", self.http_retries, self.http_retries >= 0, "be 0 or more")
         summed = self.grpo.multi_objective_aggregation == "sum_then_normalize"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,10 +71,12 @@ class Prompt:
         condition: A text, or a class number.
         metadata: What a reward may want to know besides, from a .jsonl file; under
             "control_picture" a `ControlPicture`.
+        source: The source that it comes from, as `--prompts` names it.
     """
 
     condition: str | int
     metadata: Mapping[str, Any]
+    source: str = ""
 
     @property
     def asked(self) -> Condition:
@@ -103,7 +105,10 @@ def open_prompts(
     """
     if not names:
         raise UserError(f"{what} is empty; name a source, for example scenes:hard or FILE.txt")
-    lists = [_open(name, num_classes, what) for name in names]
+    lists = [
+        [replace(prompt, source=name) for prompt in _open(name, num_classes, what)]
+        for name in names
+    ]
     longest = max(map(len, lists))
     prompts = [part[i % len(part)] for i in range(longest) for part in lists]
     labels = isinstance(prompts[0].condition, int)

@@ -19,7 +19,14 @@ from torch import Tensor, nn
 
 from nextscale import processes
 from nextscale.align.config import AlignConfig
-from nextscale.align.experience import Experience, collect, rollout_metrics, sample_streams
+from nextscale.align.curriculum import Curriculum
+from nextscale.align.experience import (
+    Experience,
+    Rollout,
+    collect,
+    rollout_metrics,
+    sample_streams,
+)
 from nextscale.align.methods import Method
 from nextscale.align.methods.dpo import DPO
 from nextscale.align.models import AlignModel
@@ -27,6 +34,7 @@ from nextscale.align.pairs import load_pairs, read_pairs
 from nextscale.align.prompts import Condition, Prompt, draw_prompts
 from nextscale.align.rewards import RewardTrend
 from nextscale.align.rewards.distribution import warn_of_small_sets
+from nextscale.align.rewards.lagrangian import Lagrangian
 from nextscale.align.rewards.reward import AnyReward, PairwiseReward
 from nextscale.align.trajectory import Trajectory
 from nextscale.errors import UserError
@@ -72,6 +80,11 @@ class Online:
         self.checkpointing_steps = every and math.ceil(every / self.steps) * self.steps
         self.number, self.experience, self.scored = -1, None, False
         self.trend = RewardTrend()
+        self.curriculum = self.lagrangian = None
+        if config.curriculum is not None:
+            self.curriculum = Curriculum(prompts, temperature=config.curriculum_temperature)
+        if config.reward_mode == "lagrangian":
+            self.lagrangian = Lagrangian(weights, config.reward_thresholds, config.lagrangian_rate)
 
     def _advice(self) -> str:
         for steps in range(self.config.gradient_accumulation_steps, 0, -1):
@@ -128,27 +141,51 @@ class Online:
 
     def _draw(self, step: int, network: nn.Module) -> Experience:
         config = self.config
-        prompts = draw_prompts(self.prompts, config.num_prompts, config.seed, self.number)
+        draw = (config.num_prompts, config.seed, self.number)
+        if self.curriculum is None:
+            prompts = draw_prompts(self.prompts, *draw)
+        else:
+            prompts = self.curriculum.draw(*draw)
+        weights = self.weights if self.lagrangian is None else self.lagrangian.weights
         rollout = collect(
             self.model.policy,
             self.rewards,
             prompts,
             config.num_generations,
             (config.seed, self.number),
-            weights=self.weights,
-            mode=config.reward_mode,
+            weights=tuple(weights),
+            mode="sum" if self.lagrangian is not None else config.reward_mode,
             branch=self.method.branch(),
             model_version=step,
         )
         self.scored |= bool((~rollout.total.isnan()).any())
         metrics = rollout_metrics(rollout)
         counted = [r for w, r in zip(self.weights, self.rewards, strict=True) if w]
-        if not any(isinstance(reward, PairwiseReward) for reward in counted):
+        fixed = self.lagrangian is None  # else the sum has another meaning in every rollout
+        if fixed and not any(isinstance(reward, PairwiseReward) for reward in counted):
             self.trend.update(self.number, metrics["reward"])  # the mean of comparisons never moves
+        metrics |= self._adapt(rollout, metrics)
         with torch.no_grad():
             experience = self._kept(self.method.learn(rollout))
             experience = self._old_logps(experience, network)
         return replace(experience, metrics={**metrics, **experience.metrics})
+
+    def _adapt(self, rollout: Rollout, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Move the curriculum and the multipliers by what this rollout gave."""
+        shown: dict[str, float] = {}
+        if self.lagrangian is not None:
+            names = [reward.name for reward in rollout.scored_by]
+            shown |= {f"lagrangian/{n}": w for n, w in zip(names, rollout.weights, strict=True)}
+            self.lagrangian.update([metrics[f"rewards/{name}/mean"] for name in names])
+        if self.curriculum is not None:
+            names = list(self.curriculum.sources)
+            shares = self.curriculum.probabilities().tolist()
+            shown |= {f"curriculum/{n}": p for n, p in zip(names, shares, strict=True)}
+            total = rollout.total.view(int(rollout.groups.max()) + 1, -1)
+            gains = (total - total.nanmean(1, keepdim=True)).abs().nanmean(1)
+            firsts = rollout.prompts[:: total.shape[1]]
+            self.curriculum.update(firsts, gains.tolist())
+        return shown
 
     def _kept(self, experience: Experience) -> Experience:
         """The groups to train on: those with a signal first, then in the order of drawing."""
@@ -207,6 +244,7 @@ class Offline:
         self.size = len(self.pairs)
         self.resolution = model.resolution
         self.trend = RewardTrend()  # given pairs have no rollouts
+        self.curriculum = self.lagrangian = None
         self.checkpointing_steps = config.checkpointing_steps
 
     def check(self) -> None:

@@ -149,7 +149,10 @@ def _align(
             losses=task.losses,
             validate=watcher.validate if config.num_validation_prompts else None,
             stop=watcher.stop,
-            state=_State(monitor=watcher.monitor, trend=task.trend, method=method),
+            state=_State(
+                **{"monitor": watcher.monitor, "trend": task.trend, "method": method},
+                **{"curriculum": task.curriculum, "lagrangian": task.lagrangian},
+            ),
             progress=progress,
         )
     except UserError as error:

@@ -80,7 +80,9 @@ class Watcher:
         seeds = list(range(_VALIDATION_SEED, _VALIDATION_SEED + len(conditions)))
         images = self.model.draw(network, conditions, seeds)
         columns = score_all([*self.rewards, *self.held_out], images, self.prompts)
-        total = combine(columns[:, : len(self.rewards)], self.weights, self.config.reward_mode)
+        mode = self.config.reward_mode
+        mode = "sum" if mode == "lagrangian" else mode  # by the weights that it began with
+        total = combine(columns[:, : len(self.rewards)], self.weights, mode)
         values = {"reward": float(total.nanmean())} if self.rewards else {}
         for k, reward in enumerate(self.rewards):
             values[f"rewards/{reward.name}/mean"] = float(columns[:, k].nanmean())

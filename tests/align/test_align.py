@@ -999,6 +999,38 @@ def test_captions_of_a_dataset_come_as_often_as_it_has_them() -> None:
         open_prompts(["captions:digits"])
 
 
+def test_a_curriculum_and_constraints_go_on_where_they_were(
+    tmp_path: Path, model_folder: Path
+) -> None:
+    for name, labels in {"few": (0, 1), "more": (2, 3, 4)}.items():
+        lines = [json.dumps({"class_label": label}) for label in labels]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    changes: dict[str, Any] = {
+        "prompts": tuple(str(tmp_path / f"{name}.jsonl") for name in ("few", "more")),
+        "curriculum": "dump",
+        "reward_mode": "lagrangian",
+        "reward_funcs": ("brightness", "jpeg_compressibility"),
+        "reward_thresholds": (float("nan"), 0.0),
+        "max_train_steps": 4,
+        "checkpointing_steps": 2,
+        "train_batch_size": 16,
+        "gradient_accumulation_steps": 1,
+    }
+    align(settings(tmp_path / "whole", model_folder, **changes), progress=False)
+    first = settings(tmp_path / "parts", model_folder, **{**changes, "max_train_steps": 2})
+    align(first, progress=False)
+    rest = settings(tmp_path / "parts", model_folder, resume_from_checkpoint="latest", **changes)
+    align(rest, progress=False)
+    whole, parts = log(tmp_path / "whole"), log(tmp_path / "parts")
+    names = [key for key in whole[0] if key.startswith(("curriculum/", "lagrangian/"))]
+    assert len(names) == 4
+    assert (
+        whole[-1]["lagrangian/jpeg_compressibility"] > whole[0]["lagrangian/jpeg_compressibility"]
+    )
+    for name in [*names, "loss", "reward"]:
+        assert parts[-1][name] == whole[-1][name], name
+
+
 def test_settings_of_another_method_are_warned_of(
     tmp_path: Path, model_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

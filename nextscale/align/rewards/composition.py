@@ -85,6 +85,28 @@ def normalized(reward: Reward, scale: float, offset: float = 0.0) -> CheckedRewa
     )
 
 
+class Preference:
+    """P(i > j) = sigma((r_i - r_j) / temperature): another reward as preferences.
+
+    With `preference_scores` the self-play of SPO (arXiv 2401.04056): only the order of a group
+    counts, by and by, and outliers do not.
+
+    Args:
+        reward: Of single pictures.
+        temperature: Difference of rewards that is a preference of 73 %.
+    """
+
+    def __init__(self, reward: Reward, temperature: float = 1.0) -> None:
+        require("temperature", temperature, temperature > 0, "be above 0")
+        self.name = f"preference_{reward.name}"
+        self.reward, self.temperature = as_reward(reward), temperature
+
+    def compare(self, images: Float[Tensor, "n 3 h w"], prompts: Prompts) -> Float[Tensor, "n n"]:
+        """See `PairwiseReward`."""
+        values = self.reward(images, prompts, [{} for _ in prompts]).values.double()
+        return torch.sigmoid((values[:, None] - values[None]) / self.temperature)
+
+
 class HeldOutMonitor:
     """Says when to stop, because the trained reward rises while rewards that are not trained fall.
 

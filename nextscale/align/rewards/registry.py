@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nextscale.align.rewards.classifier import classifier_reward, timm_classifier
+from nextscale.align.rewards.composition import Preference
 from nextscale.align.rewards.ocr import ocr_reward, open_recogniser
 from nextscale.align.rewards.pixels import (
     brightness_reward,
@@ -19,7 +20,7 @@ from nextscale.align.rewards.pixels import (
     random_reward,
 )
 from nextscale.align.rewards.remote import http_reward
-from nextscale.align.rewards.reward import AnyReward, Range, scorer_reward
+from nextscale.align.rewards.reward import AnyReward, CheckedReward, Range, scorer_reward
 from nextscale.align.rewards.scenes import checker_reward
 from nextscale.errors import UserError
 
@@ -75,6 +76,7 @@ def open_reward(
     | frechet_clip_instance:EXEMPLARS[@MODEL] | the same of each picture alone |
     | control_consistency[:TYPE[:SOURCE]] | agreement with the control map, by an extractor |
     | vendi | set reward: diversity in the bundled features |
+    | preference:REWARD[@T] | pairwise: sigma of differences of a reward over T (SPO) |
     | pickscore, hpsv2, imagereward, aesthetic[:FILE] | preference models |
     | ocr[:PACKAGE] | share of the quoted text that is read in the picture |
     | http:URL (or just the URL) | a server |
@@ -90,6 +92,10 @@ def open_reward(
         UserError: For a name or argument that is none, and with exit code 1 for weights that are
             not there.
     """
+    return _by_name(name, Opening(device, download, timeout, retries))
+
+
+def _by_name(name: str, opening: Opening) -> AnyReward:
     kind, colon, argument = name.partition(":")
     if argument.startswith("//"):
         kind, argument = "http", name
@@ -102,7 +108,7 @@ def open_reward(
         )
     if colon and not argument:
         raise UserError(f'the reward "{name}" has nothing behind its colon')
-    return REWARDS[kind](argument or None, Opening(device, download, timeout, retries))
+    return REWARDS[kind](argument or None, opening)
 
 
 def _plain(name: str, make: Callable[[], AnyReward]) -> Factory:
@@ -228,6 +234,17 @@ def _preference(name: str, bounds: Range, *, needs_prompt: bool = True) -> Facto
     return factory
 
 
+def _preferred(argument: str | None, opening: Opening) -> AnyReward:
+    what = _needed("preference", argument, "a reward, such as checker_statements")
+    name, _, temperature = what.partition("@")
+    reward = _by_name(name, opening)
+    if not isinstance(reward, CheckedReward):
+        raise UserError(
+            f'the reward "preference" compares single pictures, which "{name}" is not of'
+        )
+    return Preference(reward, _number("preference", temperature or None, 1.0))
+
+
 _INF = float("inf")
 REWARDS: dict[str, Factory] = {
     "checker": _plain("checker", checker_reward),
@@ -247,6 +264,7 @@ REWARDS: dict[str, Factory] = {
     "frechet_clip_instance": _frechet_clip_instance,
     "control_consistency": _consistency,
     "vendi": _vendi,
+    "preference": _preferred,
     "pickscore": _preference("pickscore", (-100.0, 100.0)),
     "hpsv2": _preference("hpsv2", (-1.0, 1.0)),
     "imagereward": _preference("imagereward", (-_INF, _INF)),
