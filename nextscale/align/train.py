@@ -6,7 +6,7 @@ What the loop's data are is in `tasks`, what is looked at on the way in `watcher
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from nextscale.align.rewards.reward import AnyReward, CheckedReward, named
 from nextscale.align.start_model import open_starts
 from nextscale.align.tables import markdown
 from nextscale.align.tasks import Offline, Online
+from nextscale.align.trajectory import Policy
 from nextscale.align.watcher import Watcher, hold_out
 from nextscale.errors import UserError
 from nextscale.training import FitResult, adamw, decay_groups, fit, latest_checkpoint
@@ -61,6 +62,7 @@ def align(
     *,
     rewards: Mapping[str, Any] | None = None,
     token_mask: TokenMask | None = None,
+    method: Callable[[Policy], Method] | None = None,
     progress: bool = True,
 ) -> AlignResult:
     """Tune a generator by rewards and save it in `output_dir/model`.
@@ -71,6 +73,7 @@ def align(
             name in `reward_funcs` or `held_out_rewards` means the one given here first. Those that
             are named nowhere are added to `reward_funcs`.
         token_mask: For GRPO: weights of tokens, from pictures and prompts.
+        method: Your own method instead of `config.method`, made for the policy that it is given.
         progress: Show bars.
 
     Raises:
@@ -82,7 +85,7 @@ def align(
 
     state = PartialState(cpu=not torch.accelerator.is_available())
     try:
-        return _align(config, rewards or {}, token_mask, progress)
+        return _align(config, rewards or {}, token_mask, method, progress)
     finally:
         state.destroy_process_group()
 
@@ -102,6 +105,7 @@ def _align(
     config: AlignConfig,
     rewards: Mapping[str, Any],
     token_mask: TokenMask | None,
+    own: Callable[[Policy], Method] | None,
     progress: bool,
 ) -> AlignResult:
     model = open_model(config)
@@ -115,7 +119,7 @@ def _align(
         rewards = {_CONSISTENCY: consistency_reward(model.extractor), **rewards}
     train_rewards, held_out = _open_rewards(config, rewards)
     weights = config.reward_weights or (1.0,) * len(train_rewards)
-    method = _open_method(config, model, token_mask)
+    method = _open_method(config, model, token_mask) if own is None else own(model.policy)
     modules: dict[str, nn.Module] = {"policy": model.policy.network}
     if method.needs_reference and (copy := model.add_reference()) is not None:
         modules["reference"] = copy
