@@ -51,6 +51,31 @@ class PipelineOutput:
     scales: list[Tensor] | None = None
 
 
+@dataclass(frozen=True)
+class Request:
+    """A batch of a call, as a search is given it.
+
+    Attributes:
+        conditions: Prompts or class labels, one per image; empty without any (guess mode).
+        ids: From `transformer.conditioner.tokenize`.
+        settings: How to draw one picture.
+        seeds: One per image.
+        negative_ids: Rows of the guidance's other side; None: the null condition.
+        controls: For the same images.
+    """
+
+    conditions: list[Any]
+    ids: Tensor
+    settings: SamplingConfig
+    seeds: list[int]
+    negative_ids: Tensor | None
+    controls: list[Attached]
+
+
+Search = Callable[["NextScalePipeline", Request], tuple[Tensor, Tensor]]
+"""Draws a batch in its own way: tokens [b, L] and images [b, 3, H, W] in [0, 1]."""
+
+
 class NextScalePipeline:
     """Generates pictures scale by scale.
 
@@ -365,6 +390,7 @@ class NextScalePipeline:
         more_smooth: bool | None = None,
         num_candidates: int | None = None,
         start: Tensor | None = None,
+        search: Search | None = None,
         control_image: Any = None,
         control_type: str | list[str] | None = None,
         control_scale: Any = None,
@@ -402,6 +428,8 @@ class NextScalePipeline:
             start: One row per image, or per candidate of each: floats [n, d] are added to the start
                 token; integers [n, p] are the tokens of the first scales, and decoding begins
                 after them.
+            search: Draws each batch in its own way, such as the best of several by a reward: see
+                `nextscale.align.search`.
             control_image: A control map (PIL, uint8 [H, W, 3], float [3, H, W] in [0, 1]), or a
                 list of one per prompt or image; with a list of types, a list of such.
             control_type: Name of the control module (see `controls` of the pipeline): canny, ...
@@ -480,17 +508,29 @@ class NextScalePipeline:
                 "candidate of it"
             )
         self.given_scales(start)
+        if search is not None and (start is not None or return_scales or callback is not None):
+            raise UserError("search takes no start, return_scales or callback; leave them out")
+        asked = self._asked(prompt, class_labels, num_images_per_prompt) if search else []
         size = batch_size or count
         images, tokens, previews = [], [], []
         for first in _progress(range(0, count, size), progress):
             rows = slice(first, min(first + size, count))
+            negative = None if negative_ids is None else negative_ids[rows]
+            under = [control[rows] for control in attached]
+            if search is not None:
+                single = replace(settings, num_candidates=1)
+                request = Request(asked[rows], ids[rows], single, seeds[rows], negative, under)
+                found, pictures = search(self, request)
+                tokens.append(found.cpu())
+                images.append(pictures.cpu())
+                continue
             drawn, latents = self._draw(
                 ids[rows],
                 settings,
                 seeds[rows],
-                negative_ids=None if negative_ids is None else negative_ids[rows],
+                negative_ids=negative,
                 start=None if start is None else start[rows.start * each : rows.stop * each],
-                controls=[control[rows] for control in attached],
+                controls=under,
                 every_scale=return_scales,
                 callback=None if callback is None else partial(callback, first),
             )
@@ -682,6 +722,15 @@ class NextScalePipeline:
         if unknown := set(given) - known:
             raise TypeError(_explain_unknown(dict.fromkeys(unknown)))
         return replace(self.generation, **{k: v for k, v in given.items() if v is not None})
+
+    def _asked(self, prompt: Any, class_labels: Any, images_per_prompt: int) -> list[Any]:
+        """Prompts or class numbers, one per image; nothing in guess mode."""
+        if prompt is None and class_labels is None:
+            return []
+        given = list(self._conditions(prompt, class_labels))
+        if not self.transformer.conditioner.prompts:
+            given = self.transformer.conditioner.tokenize(given).flatten().tolist()
+        return [condition for condition in given for _ in range(images_per_prompt)]
 
     def _ids(
         self, prompt: Any, class_labels: Any, controls: Sequence[Control | Attached] | None

@@ -1,0 +1,189 @@
+"""Search at inference time: more samples than pictures, and a choice; nothing is trained."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nextscale.align.policies.next_scale import NextScalePolicy
+from nextscale.align.rewards import score
+from nextscale.align.rewards.reward import AnyReward, PairwiseReward, SetReward
+from nextscale.align.trajectory import Policy, Trajectory
+from nextscale.errors import UserError
+from nextscale.pipeline import NextScalePipeline, Request
+from nextscale.streams import image_stream, stream
+
+_SEARCH = 23  # keeps these streams apart from those of pictures and candidates
+
+
+@dataclass
+class Cost:
+    """What searches have drawn.
+
+    Attributes:
+        samples: Leaves, each a finished picture that was judged.
+        passes: Transformer evaluations in units of one sample drawn by itself: shares of the
+            tokens (or denoising steps) that were computed, kept prefixes included once per parent.
+        pictures: Chosen.
+    """
+
+    samples: int = 0
+    passes: float = 0.0
+    pictures: int = 0
+
+
+class Drawer:
+    """Draws, continues and judges samples for the pictures of a batch.
+
+    Sample j of a picture has streams of (seed, j); sample 0 is the picture without search.
+
+    Args:
+        policy: Draws.
+        reward: Judges.
+        conditions: Prompts or labels, one per picture.
+        seeds: One per picture.
+        cost: Counts.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        reward: AnyReward,
+        conditions: Sequence[str | int],
+        seeds: Sequence[int],
+        cost: Cost,
+    ) -> None:
+        self.policy, self.reward, self.cost = policy, reward, cost
+        self.conditions, self.seeds = list(conditions), list(seeds)
+        self.encoded = policy.encode(self.conditions)
+        self.drawn = [0] * len(self.seeds)
+        self.owner: list[int] = []
+        self.values: list[float] = []
+        self.trajectory: Trajectory | None = None
+        units = torch.tensor(policy.units, dtype=torch.float64)
+        self.shares = torch.cat([units.new_zeros(1), units.cumsum(0)]) / units.sum()
+
+    def sample(self, pictures: Sequence[int]) -> list[int]:
+        """New samples, one for each picture named; returns their numbers."""
+        rows = torch.tensor(list(pictures), device=_device(self.encoded))
+        drawn = self.policy.sample(_rows(self.encoded, rows), generators=self._streams(pictures))
+        self.cost.passes += len(rows)
+        return self._keep(drawn, pictures)
+
+    def branch(self, parents: Sequence[int], at_step: int) -> list[int]:
+        """Samples that share the steps before `at_step` with these; returns their numbers."""
+        assert self.trajectory is not None
+        pictures = [self.owner[parent] for parent in parents]
+        rows = torch.tensor(list(parents), device=self.trajectory.actions[0].device)
+        drawn = self.policy.branch(
+            self.trajectory.index(rows), at_step, 1, generators=self._streams(pictures)
+        )
+        prefix = float(self.shares[at_step]) if self.policy.kind == "categorical" else 0.0
+        self.cost.passes += len(parents) * (prefix + 1 - float(self.shares[at_step]))
+        return self._keep(drawn, pictures)
+
+    def best(self) -> list[int]:
+        """The best sample of each picture."""
+        found = []
+        for picture in range(len(self.seeds)):
+            own = [row for row, owner in enumerate(self.owner) if owner == picture]
+            found.append(max(own, key=lambda row: (_number(self.values[row]), -row)))
+        return found
+
+    def _streams(self, pictures: Sequence[int]) -> list[torch.Generator]:
+        found = []
+        for picture in pictures:
+            number = self.drawn[picture]
+            seed = self.seeds[picture]
+            found.append(stream(seed, _SEARCH, number) if number else image_stream(seed))
+            self.drawn[picture] += 1
+        return found
+
+    def _keep(self, drawn: Trajectory, pictures: Sequence[int]) -> list[int]:
+        images = self.policy.decode(drawn)
+        prompts = [self.conditions[picture] for picture in pictures]
+        values = score([self.reward], images, prompts)[0][:, 0]
+        first = len(self.owner)
+        self.owner += list(pictures)
+        self.values += values.tolist()
+        whole = drawn if self.trajectory is None else Trajectory.cat([self.trajectory, drawn])
+        self.trajectory = whole
+        self.cost.samples += len(images)
+        return list(range(first, len(self.owner)))
+
+
+class Search(ABC):
+    """What `pipe(..., search=)` takes; `on` does the same with any policy, diffusion included.
+
+    Args:
+        reward: Of single pictures; see `open_reward`.
+
+    Raises:
+        UserError: For rewards of sets, or comparisons.
+    """
+
+    def __init__(self, reward: AnyReward) -> None:
+        if isinstance(reward, SetReward | PairwiseReward):
+            raise UserError(
+                f'the reward "{reward.name}" does not judge pictures one by one; a search needs '
+                "one that does, such as checker or clip"
+            )
+        self.reward, self.cost = reward, Cost()
+
+    @abstractmethod
+    def choose(self, drawer: Drawer) -> Sequence[int]:
+        """Draw, and name one sample for each picture."""
+
+    def on(
+        self, policy: Policy, conditions: Sequence[str | int], seeds: Sequence[int]
+    ) -> Trajectory:
+        """The chosen samples.
+
+        Args:
+            policy: Draws.
+            conditions: Prompts or labels, one per picture.
+            seeds: One per picture.
+        """
+        drawer = Drawer(policy, self.reward, conditions, seeds, self.cost)
+        chosen = list(self.choose(drawer))
+        assert drawer.trajectory is not None
+        self.cost.pictures += len(chosen)
+        rows = torch.tensor(chosen, device=drawer.trajectory.actions[0].device)
+        return drawer.trajectory.index(rows)
+
+    def __call__(
+        self, pipe: NextScalePipeline, request: Request
+    ) -> tuple[Int[Tensor, "b t"], Float[Tensor, "b 3 H W"]]:
+        """Tokens and pictures in [0, 1] of a pipeline's batch.
+
+        Raises:
+            UserError: With controls, or a negative prompt.
+        """
+        if request.controls or request.negative_ids is not None:
+            raise UserError("search draws from prompts alone: leave out controls, negative_prompt")
+        policy = NextScalePolicy(pipe, request.settings)
+        found = self.on(policy, request.conditions, request.seeds)
+        return torch.cat(found.actions, dim=1), policy.decode(found)
+
+
+def _number(value: float) -> float:
+    return value if value == value else float("-inf")
+
+
+def _rows(encoded: Any, rows: Tensor) -> Any:
+    from nextscale.align.trajectory import map_rows
+
+    return map_rows(encoded, lambda tensor: tensor[rows.to(tensor.device)])
+
+
+def _device(encoded: Any) -> torch.device:
+    while not isinstance(encoded, Tensor):
+        entries = encoded.values() if isinstance(encoded, dict) else encoded
+        encoded = next(entry for entry in entries if entry is not None)
+    return encoded.device

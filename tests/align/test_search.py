@@ -1,0 +1,159 @@
+"""Search at inference time: what it draws, chooses and costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nextscale.align.policies.next_scale import NextScalePolicy
+from nextscale.align.rewards import as_reward, open_reward
+from nextscale.align.rewards.composition import Preference
+from nextscale.align.search import BestOf, MGSelect, Search, TreeSearch
+from nextscale.align.search.search import Drawer
+from nextscale.errors import UserError
+from nextscale.pipeline import NextScalePipeline, Request
+from nextscale.tokenizers import MultiscaleVQ
+from nextscale.var import NextScaleTransformer, SamplingConfig
+
+LABELS = [0, 1, 2, 3]
+
+
+@pytest.fixture(scope="module")
+def pipe(
+    build_model: Callable[..., NextScaleTransformer], tiny_tokenizer: MultiscaleVQ
+) -> NextScalePipeline:
+    return NextScalePipeline(tiny_tokenizer, build_model(), SamplingConfig(guidance_scale=2.0))
+
+
+def light(images: Tensor, prompts: Sequence[Any]) -> Tensor:
+    return images.mean((1, 2, 3))
+
+
+REWARD = as_reward(light, "light")
+SEARCHES: dict[str, Callable[[int], Search]] = {
+    "best_of": lambda n: BestOf(REWARD, n),
+    "greedy": lambda n: TreeSearch(REWARD, n),
+    "sampling": lambda n: TreeSearch(REWARD, n, greedy=False),
+}
+
+
+@pytest.mark.parametrize("name", [*SEARCHES, "mg_select"])
+def test_one_sample_is_the_picture_without_search(name: str, pipe: NextScalePipeline) -> None:
+    search = MGSelect(1) if name == "mg_select" else SEARCHES[name](1)
+    plain = pipe(class_labels=LABELS, seed=5, output_type="pt")
+    found = pipe(class_labels=LABELS, seed=5, output_type="pt", search=search)
+    assert torch.equal(found.tokens, plain.tokens)
+    torch.testing.assert_close(found.images, plain.images)
+    assert (search.cost.samples, search.cost.passes, search.cost.pictures) == (4, 4, 4)
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_more_samples_never_choose_a_worse_one(name: str, pipe: NextScalePipeline) -> None:
+    values = []
+    for count in (1, 4, 8):
+        out = pipe(class_labels=LABELS, seed=5, output_type="pt", search=SEARCHES[name](count))
+        values.append(light(out.images, LABELS))
+    assert bool((values[1] >= values[0]).all())
+    assert bool((values[2] >= values[1]).all())
+    assert values[2].mean() > values[0].mean()
+
+
+@pytest.mark.parametrize("name", [*SEARCHES, "mg_select"])
+def test_batches_change_nothing(name: str, pipe: NextScalePipeline) -> None:
+    make: Any = SEARCHES.get(name, MGSelect)
+    whole = pipe(class_labels=LABELS, seed=5, output_type="pt", search=make(5))
+    parts = pipe(class_labels=LABELS, seed=5, batch_size=1, output_type="pt", search=make(5))
+    assert torch.equal(whole.tokens, parts.tokens)
+
+
+def test_what_parts_late_shares_the_first_scales(pipe: NextScalePipeline) -> None:
+    seen: list[Drawer] = []
+
+    class Kept(TreeSearch):
+        def choose(self, drawer: Drawer) -> Sequence[int]:
+            seen.append(drawer)
+            return super().choose(drawer)
+
+    search = Kept(REWARD, 10, steps=(2,), width=2, growth=0)
+    pipe(class_labels=[1], seed=0, search=search)
+    (drawer,) = seen
+    assert drawer.trajectory is not None
+    assert search.cost.samples == 10
+    coarse = torch.cat(drawer.trajectory.actions[:2], dim=1)
+    assert len({tuple(row) for row in coarse.tolist()}) == 2  # width children of the root
+    fine = torch.cat(drawer.trajectory.actions, dim=1)
+    assert len({tuple(row) for row in fine.tolist()}) == 10
+    # 2 whole samples, 8 that continue 5 of 30 tokens: the prefix runs once more for each
+    assert search.cost.passes == pytest.approx(2 + 8)
+
+
+def test_a_tree_finds_what_independent_samples_do_not(
+    pipe: NextScalePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two rare things, one of the first scales and one of the last: one is kept for the other."""
+    worth = torch.randn(30, 32, generator=torch.Generator().manual_seed(0))
+    policy = NextScalePolicy(pipe, replace(pipe.generation, temperature=3.0))
+    labels, seeds = [i % 5 for i in range(64)], list(range(64))
+
+    def parts(trajectory: Any) -> Tensor:
+        tokens = torch.cat(trajectory.actions, dim=1)
+        each = worth[torch.arange(30), tokens]
+        return torch.stack([each[:, :5].mean(1), each[:, 14:].mean(1)], dim=1)
+
+    generators = [torch.Generator().manual_seed(i) for i in range(500)]
+    base = policy.sample(policy.encode([i % 5 for i in range(500)]), generators=generators)
+    limits = parts(base).quantile(0.85, dim=0)
+
+    def decode(policy: NextScalePolicy, trajectory: Any) -> Tensor:
+        found = (parts(trajectory) > limits).float().mean(1)
+        return found[:, None, None, None].expand(-1, 3, 1, 1)
+
+    monkeypatch.setattr(NextScalePolicy, "decode", decode)
+    both = {}
+    for search in (BestOf(REWARD, 16), TreeSearch(REWARD, 16, steps=(2, 3))):
+        chosen = search.on(policy, labels, seeds)
+        both[type(search).__name__] = float((parts(chosen) > limits).all(1).float().mean())
+    assert both["TreeSearch"] > both["BestOf"] + 0.1, both
+
+
+def test_unscorable_samples_are_never_chosen(pipe: NextScalePipeline) -> None:
+    def picky(images: Tensor, prompts: Sequence[Any]) -> Tensor:
+        values = images.mean((1, 2, 3))
+        return torch.where(values < values.median(), torch.nan, values)
+
+    for search in (BestOf(as_reward(picky, "picky"), 6), TreeSearch(as_reward(picky, "picky"), 6)):
+        chosen = search.on(NextScalePolicy(pipe), LABELS, [0, 1, 2, 3])
+        assert len(chosen) == 4
+
+
+def test_mg_select_takes_what_the_prompt_decided(pipe: NextScalePipeline) -> None:
+    plain = [pipe(class_labels=[1], seed=3, search=MGSelect(n)).tokens for n in (1, 6)]
+    few = pipe(class_labels=[1], seed=3, search=MGSelect(6, scales=2)).tokens
+    assert plain[0].shape == plain[1].shape == few.shape
+    with pytest.raises(UserError, match="guidance is off"):
+        pipe(class_labels=[1], seed=3, guidance_scale=1.0, search=MGSelect(6))
+    with pytest.raises(UserError, match="guidance is off"):
+        pipe(class_labels=[1], seed=3, search=MGSelect(6, scales=1))
+
+
+def test_what_does_not_fit_is_refused(pipe: NextScalePipeline) -> None:
+    with pytest.raises(UserError, match="does not judge pictures one by one"):
+        BestOf(open_reward("vendi"))
+    with pytest.raises(UserError, match="does not judge pictures one by one"):
+        BestOf(Preference(REWARD))
+    with pytest.raises(UserError, match="rise from 1"):
+        TreeSearch(REWARD, steps=(2, 1))
+    with pytest.raises(UserError, match="steps ends at 9"):
+        pipe(class_labels=[0], seed=0, search=TreeSearch(REWARD, steps=(9,)))
+    for extra in ({"return_scales": True}, {"start": torch.zeros(1, 32)}):
+        with pytest.raises(UserError, match="search takes no start"):
+            pipe(class_labels=[0], seed=0, search=BestOf(REWARD), **extra)
+    ids = pipe.transformer.conditioner.tokenize([0])
+    request = Request([0], ids, pipe.generation, [0], ids, [])
+    with pytest.raises(UserError, match="leave out controls, negative_prompt"):
+        BestOf(REWARD)(pipe, request)
