@@ -8,7 +8,7 @@ out of the same batch, bit for bit.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ from nextscale.cli.job import (
 from nextscale.cli.loading import load_pipeline
 from nextscale.cli.ranks import on_main, process_group
 from nextscale.cli.recipes import to_yaml
+from nextscale.cli.search_flags import open_search
 
 if TYPE_CHECKING:
     from nextscale.align.start_model import Start
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from nextscale.pipeline import NextScalePipeline
 
 MAX_GRID = 64
+SEARCH = ("search", "search_reward", "search_samples", "search_steps")
 CONTROL = (
     *("control_type", "control_image", "control_scale", "control_start", "control_end"),
     *("control", "control_mask", "control_extract", "guess_mode"),
@@ -54,9 +56,10 @@ def generate(config: GenerateConfig, output: Output) -> dict[str, Any]:
             if todo:
                 pipe = _load(job)
                 start = _open_start(job, pipe)
+                search = open_search(config, pipe)
                 controls = _open_controls(config, pipe)
                 on_main(partial(_start, job, pipe))
-                _draw(job, pipe, start, controls, output, set(todo))
+                _draw(job, pipe, start, search, controls, output, set(todo))
             processes.barrier()
             extras = on_main(partial(_finish, job, output))
         except KeyboardInterrupt as error:
@@ -121,6 +124,7 @@ def _draw(
     job: Job,
     pipe: NextScalePipeline,
     start: Start | None,
+    search: Callable[..., Any] | None,
     controls: Sequence[Attached],
     output: Output,
     todo: set[int],
@@ -154,11 +158,14 @@ def _draw(
                 **settings,
                 negative_prompt=job.config.negative_prompt,
                 start=given,
+                search=search,
                 controls=controls,
                 seed=seeds,
                 return_scales=job.config.save_scales,
-                callback=tick,
+                callback=tick if search is None else None,
             )
+            if search is not None:
+                bar.update(len(rows))
             for row, index in enumerate(rows):
                 if index not in todo:
                     continue
@@ -191,6 +198,7 @@ def _facts(job: Job) -> dict[str, Any]:
     return {
         **{"model": config.model, "weights": job.weights, **lora},
         **({} if config.start is None else {"start": config.start}),
+        **({k: getattr(config, k) for k in SEARCH} if config.search else {}),
         **({k: getattr(config, k) for k in CONTROL} if config.control_type else {}),
         **{k: v for k, v in job.settings.items() if v is not None},
         **({} if config.negative_prompt is None else {"negative_prompt": config.negative_prompt}),

@@ -13,6 +13,7 @@ from nextscale.cli.control_flags import ControlFlags
 from nextscale.cli.flags import parse
 from nextscale.cli.model_flags import ModelFlags, SamplingFlags
 from nextscale.cli.recipes import to_yaml
+from nextscale.cli.search_flags import SearchFlags
 from nextscale.errors import UserError
 
 ABOUT = (
@@ -38,7 +39,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig(ControlFlags, SamplingFlags, ModelFlags):
+class GenerateConfig(SearchFlags, ControlFlags, SamplingFlags, ModelFlags):
     """Flags of `nextscale generate`."""
 
     prompts: tyro.conf.Positional[tuple[str, ...]] = ()
@@ -87,6 +88,10 @@ class GenerateConfig(ControlFlags, SamplingFlags, ModelFlags):
             raise UserError(f"seed must be -1 (random) or in [0, 2^32), got {self.seed}.")
         if not math.isfinite(self.lora_scale):
             raise UserError(f"lora_scale must be finite, got {self.lora_scale}.")
+        self.check_search()
+        for name in ("start", "save_scales", "negative_prompt", "control_type"):
+            if self.search is not None and getattr(self, name):
+                raise UserError(f"--search draws from prompts alone: leave {name} out")
         if self.start is not None and self.negative_prompt is not None:
             raise UserError(
                 "negative_prompt and start: starts are learnt without a negative prompt. Leave one "

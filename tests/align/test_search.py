@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from nextscale.align.policies.next_scale import NextScalePolicy
@@ -15,6 +18,7 @@ from nextscale.align.rewards import as_reward, open_reward
 from nextscale.align.rewards.composition import Preference
 from nextscale.align.search import BestOf, MGSelect, Search, TreeSearch
 from nextscale.align.search.search import Drawer
+from nextscale.cli import main
 from nextscale.errors import UserError
 from nextscale.pipeline import NextScalePipeline, Request
 from nextscale.tokenizers import MultiscaleVQ
@@ -157,3 +161,38 @@ def test_what_does_not_fit_is_refused(pipe: NextScalePipeline) -> None:
     request = Request([0], ids, pipe.generation, [0], ids, [])
     with pytest.raises(UserError, match="leave out controls, negative_prompt"):
         BestOf(REWARD)(pipe, request)
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def test_generate_searches(
+    pipe: NextScalePipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe.save_pretrained(tmp_path / "model")
+    command = ["generate", "--model", str(tmp_path / "model"), "--class_labels", "0", "1"]
+    command += ["--seed", "3", "--dtype", "float32", "--quiet", "--num_images", "2"]
+    flags = ["--search", "best_of", "--search_reward", "brightness", "--search_samples", "4"]
+    assert main([*command, "--output_dir", str(tmp_path / "plain")]) == 0
+    assert main([*command, *flags, "--output_dir", str(tmp_path / "best")]) == 0
+    light = {
+        name: [np.asarray(Image.open(tmp_path / name / f"00000{i}.png")).mean() for i in range(4)]
+        for name in ("plain", "best")
+    }
+    assert all(b >= p - 1e-3 for p, b in zip(light["plain"], light["best"], strict=True))
+    assert sum(light["best"]) > sum(light["plain"])
+    recipe = str(tmp_path / "best" / "recipe.yaml")
+    again = ["generate", "--config", recipe, "--quiet", "--output_dir", str(tmp_path / "again")]
+    assert main(again) == 0
+    pictures = [(tmp_path / name / "000000.png").read_bytes() for name in ("best", "again")]
+    assert pictures[0] == pictures[1]
+    capsys.readouterr()
+    for wrong, message in (
+        (["--search", "tree"], "needs a reward"),
+        (["--search_samples", "3"], "not read without --search"),
+        (["--search", "mg_select", "--search_reward", "clip"], "not read by --search mg_select"),
+        ([*flags, "--save_scales"], "leave save_scales out"),
+    ):
+        assert main([*command, *wrong, "--output_dir", str(tmp_path / "x")]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()

@@ -107,6 +107,7 @@ def test_the_flags_of_the_main_commands():
             "lora",
             "lora_scale",
             "start",
+            *("search", "search_reward", "search_samples", "search_steps"),
             "control_image",
             "control_type",
             "control_scale",
