@@ -382,6 +382,7 @@ class NextScalePipeline:
         guidance_scale: float | tuple[float, ...] | None = None,
         guidance_schedule: Literal["linear", "constant"] | None = None,
         guidance_end: int | None = None,
+        guidance_threshold: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         temperature: float | tuple[float, ...] | None = None,
@@ -418,6 +419,8 @@ class NextScalePipeline:
             guidance_scale: g in u + g (c - u); 1.0 is off. The official `cfg=1.5` is 2.5 here.
             guidance_schedule: linear (ramp over the scales) or constant.
             guidance_end: Guidance is off from this scale on.
+            guidance_threshold: An image goes on without guidance once it moves its distributions by
+                no more than this.
             top_k: Most likely codes kept; 0 is off.
             top_p: Probability mass kept, in (0, 1]; 1.0 is off.
             temperature: Positive.
@@ -474,6 +477,7 @@ class NextScalePipeline:
             guidance_scale=guidance_scale,
             guidance_schedule=guidance_schedule,
             guidance_end=guidance_end,
+            guidance_threshold=guidance_threshold,
             top_k=top_k,
             top_p=top_p,
             temperature=temperature,

@@ -17,6 +17,9 @@ class SamplingFlags:
     """linear ramps from 1 at the first scale to guidance_scale at the last."""
     guidance_end: int | None = None
     """Guidance is off from this scale on (0 is the first)."""
+    guidance_threshold: float | None = None
+    """Adaptive guidance: a picture goes on without it once it moves the distributions by no more
+    than this, total variation in [0, 1]."""
     top_k: int | None = None
     """Keep this many most likely codes; 0 is off."""
     top_p: float | None = None

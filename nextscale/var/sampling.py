@@ -41,6 +41,10 @@ class SamplingConfig:
     (CAR); not with control_guidance_scale."""
     guidance_end: int | None = None
     """Guidance is off from this scale on and the unconditional rows are dropped; None: never."""
+    guidance_threshold: float | None = None
+    """Adaptive guidance (arXiv 2312.12487): once guidance moves an image's distributions by no more
+    than this, mean total variation in [0, 1] over the tokens of a scale, the image is drawn without
+    it from the next scale on. The paper compares cosines of noise predictions. None: off."""
     top_k: int = 0
     """Keep the top_k most likely codes; 0 is off."""
     top_p: float = 1.0
@@ -80,6 +84,11 @@ class SamplingConfig:
             raise UserError(f"top_k must be 0 (off) or positive, got {self.top_k}")
         if self.guidance_end is not None and self.guidance_end < 0:
             raise UserError(f"guidance_end must be a scale, 0 or more, got {self.guidance_end}")
+        threshold = self.guidance_threshold
+        if threshold is not None and not 0 <= threshold <= 1:
+            raise UserError(f"guidance_threshold must be in [0, 1], got {threshold}")
+        if threshold is not None and self.control_guidance_scale is not None:
+            raise UserError("guidance_threshold excludes control_guidance_scale; choose one")
         if self.temperature_end is not None and isinstance(self.temperature, tuple):
             raise UserError("temperature_end needs one temperature, got one per scale; choose one")
         if self.temperature_power <= 0:
@@ -156,9 +165,10 @@ class ScaleStep:
         tokens: [b, n_k^2], after forcing; what the picture is made of.
         logits: [b, n_k^2, V], guided, before temperature and filters.
         conditional: Logits of the conditional rows; `logits` itself without guidance.
-        unconditional: Logits of the unconditional rows, None where they were not needed.
+        unconditional: Logits of the unconditional rows, None where some were not needed.
         hidden: [b, n_k^2, d], last hidden states of the conditional rows.
         f_hat: [b, Z, h, w], F_k: decode it for a preview.
+        rows: Rows that the transformer computed for it, those of guidance included.
     """
 
     scale: int
@@ -169,6 +179,7 @@ class ScaleStep:
     unconditional: Float[Tensor, "b l v"] | None
     hidden: Float[Tensor, "b l d"]
     f_hat: Float[Tensor, "b c h w"]
+    rows: int
 
 
 @torch.no_grad()
@@ -255,6 +266,7 @@ def sample(
             hooks.select(rows)
         f_hat = f_hat.repeat_interleave(branches, 0)
         inputs = None if inputs is None else inputs.repeat_interleave(branches, 0)
+    guided = torch.arange(batch, device=model.device)  # images whose guidance still matters
     for k in range(begin, scales):
         if k > last_guided and len(prepared.start) > batch:
             prepared = prepared[slice(0, batch)]
@@ -263,7 +275,9 @@ def sample(
                 hooks.select(slice(0, batch))
         where = schedule.slices[k]
         rows = inputs
-        if rows is not None and len(prepared.start) > batch:
+        if rows is not None and len(guided) < batch:
+            rows = torch.cat([rows, rows[guided]]) if len(prepared.start) > batch else rows
+        elif rows is not None and len(prepared.start) > batch:
             rows = rows.repeat(len(prepared.start) // batch, 1, 1)
         hidden = model.run(
             model.embed(rows, prepared, where),
@@ -273,17 +287,32 @@ def sample(
             visible=slice(schedule.slices[model.first_visible(k)].start, where.stop),
             hooks=hooks,
         )
+        computed = len(prepared.start)
         v = guidance[k] if control_guidance is None else control_guidance[k]
-        if guidance[k] == v == 1:
+        if guidance[k] == v == 1 or not len(guided):
             hidden = hidden[:batch]
             conditional = logits = model.logits(hidden, prepared[slice(0, batch)])
             unconditional = None
+        elif len(guided) < batch:
+            conditional, other = model.logits(hidden, prepared).split([batch, len(guided)])
+            logits, unconditional = conditional.clone(), None
+            logits[guided] = torch.lerp(other, conditional[guided], guidance[k])
+            hidden = hidden[:batch]
         else:
             conditional, *plain, unconditional = model.logits(hidden, prepared).split(batch)
             logits = torch.lerp(unconditional, plain[0] if plain else conditional, guidance[k])
             if plain:
                 logits = logits + v * (conditional - plain[0])
             hidden = hidden[:batch]
+        if config.guidance_threshold is not None and k < last_guided and guidance[k] != 1:
+            moved = _variation(conditional[guided], logits[guided], temperatures[k])
+            stay = moved > config.guidance_threshold
+            guided, left = guided[stay], batch + stay.nonzero()[:, 0]
+            chosen = torch.cat([torch.arange(batch, device=left.device), left])
+            prepared = prepared[chosen]
+            cache.select(chosen)
+            if hooks is not None:
+                hooks.select(chosen)
         kept = filter_logits(logits / temperatures[k], config.top_k, config.top_p)
         predicted = draw.tokens(k, kept)
         if config.more_smooth:
@@ -298,7 +327,17 @@ def sample(
         code_map = codes.transpose(1, 2).reshape(batch, -1, *schedule.sides[k])
         f_hat, following = quantizer.step(f_hat, code_map, k, schedule)
         inputs = following.flatten(2).transpose(1, 2)
-        yield ScaleStep(k, predicted, tokens, logits, conditional, unconditional, hidden, f_hat)
+        yield ScaleStep(
+            *(k, predicted, tokens, logits, conditional, unconditional, hidden, f_hat, computed)
+        )
+
+
+def _variation(
+    plain: Float[Tensor, "b l v"], guided: Float[Tensor, "b l v"], temperature: float
+) -> Float[Tensor, " b"]:
+    """Total variation between what is drawn without and with guidance, mean over tokens."""
+    sides = [(logits / temperature).softmax(-1) for logits in (plain, guided)]
+    return (sides[0] - sides[1]).abs().sum(-1).mean(-1) / 2
 
 
 def _moved(prepared: Prepared, offset: Tensor) -> Prepared:

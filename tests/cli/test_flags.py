@@ -81,6 +81,7 @@ def test_the_flags_of_the_main_commands():
             "guidance_scale",
             "guidance_schedule",
             "guidance_end",
+            "guidance_threshold",
             "control_guidance_scale",
             "control_in_negative",
             "top_k",

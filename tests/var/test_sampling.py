@@ -18,6 +18,7 @@ from scipy import stats
 from torch import Tensor
 
 from nextscale.errors import UserError
+from nextscale.pipeline import NextScalePipeline
 from nextscale.tokenizers import MultiscaleVQ
 from nextscale.var import (
     Condition,
@@ -291,6 +292,47 @@ def test_guidance_end_drops_the_unconditional_rows_and_equals_ones_in_the_list(
     assert torch.equal(tokens_of(full[:3]), tokens_of(ended[:3]))
 
 
+def test_adaptive_guidance_ends_where_it_moves_nothing(
+    tiny_model: NextScaleTransformer, tiny_tokenizer: MultiscaleVQ
+) -> None:
+    plain = SamplingConfig(guidance_scale=4.0)
+    full = run(tiny_model, tiny_tokenizer, plain)
+    never = run(tiny_model, tiny_tokenizer, replace(plain, guidance_threshold=0.0))
+    assert torch.equal(tokens_of(never), tokens_of(full))
+    with counted_rows(tiny_model) as rows:
+        at_once = run(tiny_model, tiny_tokenizer, replace(plain, guidance_threshold=1.0))
+    assert rows == [8, 8, 4, 4]  # scale 1 is the first that is guided
+    assert [step.rows for step in at_once] == rows
+    ended = run(
+        tiny_model, tiny_tokenizer, replace(plain, guidance_end=2, guidance_scale=(1, 2, 1, 1))
+    )
+    assert torch.equal(tokens_of(at_once), tokens_of(ended))
+
+
+def test_adaptive_guidance_is_each_pictures_own(
+    tiny_model: NextScaleTransformer, tiny_tokenizer: MultiscaleVQ
+) -> None:
+    pipe = NextScalePipeline(tiny_tokenizer, tiny_model, SamplingConfig(guidance_scale=4.0))
+    labels = list(range(5)) * 3
+    moved = []
+    for step in pipe.stream(
+        tiny_model.conditioner.tokenize(labels), pipe.generation, seeds=list(range(15))
+    ):
+        if step.scale == 1:
+            sides = [x.softmax(-1) for x in (step.conditional, step.logits)]
+            moved = (sides[0] - sides[1]).abs().sum(-1).mean(-1) / 2
+    threshold = float(torch.as_tensor(moved).median())  # about half of the pictures go on guided
+    given: dict[str, Any] = {"class_labels": labels, "guidance_threshold": threshold}
+    whole = pipe(seed=0, **given).tokens
+    assert torch.equal(pipe(seed=0, batch_size=4, **given).tokens, whole)
+    alone = [
+        pipe(class_labels=[label], seed=i, guidance_threshold=threshold).tokens
+        for i, label in enumerate(labels)
+    ]
+    assert torch.equal(torch.cat(alone), whole)
+    assert not torch.equal(pipe(class_labels=labels, seed=0).tokens, whole)
+
+
 def test_temperatures_apply_per_scale(
     tiny_model: NextScaleTransformer, tiny_tokenizer: MultiscaleVQ
 ) -> None:
@@ -320,6 +362,7 @@ def test_a_list_needs_one_value_per_scale(
         ({"guidance_scale": -0.5}, "guidance_scale must be 0 or more"),
         ({"guidance_scale": math.nan}, "guidance_scale must be 0 or more"),
         ({"guidance_end": -1}, "guidance_end must be a scale, 0 or more, got -1"),
+        ({"guidance_threshold": 2.0}, r"guidance_threshold must be in \[0, 1\], got 2.0"),
         ({"guidance_schedule": "cosine"}, "guidance_schedule must be linear or constant"),
     ],
 )

@@ -79,6 +79,11 @@ class NextScalePolicy:
     ) -> None:
         require("logp_space", logp_space, logp_space in SPACES, f"be one of {', '.join(SPACES)}")
         settings = replace(settings or pipeline.generation, num_candidates=1, more_smooth=False)
+        if settings.guidance_threshold is not None:
+            raise UserError(
+                "guidance_threshold makes guidance depend on what was drawn, which "
+                "log-probabilities would not see: leave it out"
+            )
         filtered = settings.top_k > 0 or settings.top_p < 1
         if filtered and logp_space != "guided":
             raise UserError(
