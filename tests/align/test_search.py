@@ -21,6 +21,7 @@ from nextscale.align.search.search import Drawer
 from nextscale.cli import main
 from nextscale.errors import UserError
 from nextscale.pipeline import NextScalePipeline, Request
+from nextscale.streams import candidate_seeds
 from nextscale.tokenizers import MultiscaleVQ
 from nextscale.var import NextScaleTransformer, SamplingConfig
 
@@ -126,19 +127,32 @@ def test_a_tree_finds_what_independent_samples_do_not(
 
 
 def test_unscorable_samples_are_never_chosen(pipe: NextScalePipeline) -> None:
-    def picky(images: Tensor, prompts: Sequence[Any]) -> Tensor:
-        values = images.mean((1, 2, 3))
-        return torch.where(values < values.median(), torch.nan, values)
+    policy, seen = NextScalePolicy(pipe), []
+    limit = float(light(pipe(class_labels=LABELS, seed=0, output_type="pt").images, []).median())
 
-    for search in (BestOf(as_reward(picky, "picky"), 6), TreeSearch(as_reward(picky, "picky"), 6)):
-        chosen = search.on(NextScalePolicy(pipe), LABELS, [0, 1, 2, 3])
-        assert len(chosen) == 4
+    def picky(images: Tensor, prompts: Sequence[Any]) -> Tensor:
+        values = -light(images, prompts)  # the best of those that count lie at the limit
+        seen.extend(values.tolist())
+        return torch.where(-values <= limit, torch.nan, values)
+
+    for search in (BestOf(as_reward(picky, "picky"), 8), TreeSearch(as_reward(picky, "picky"), 8)):
+        found = policy.decode(search.on(policy, LABELS, [0, 1, 2, 3]))
+        assert bool((light(found, []) > limit).all())
+    assert min(-value for value in seen) <= limit < max(-value for value in seen)
 
 
 def test_mg_select_takes_what_the_prompt_decided(pipe: NextScalePipeline) -> None:
-    plain = [pipe(class_labels=[1], seed=3, search=MGSelect(n)).tokens for n in (1, 6)]
-    few = pipe(class_labels=[1], seed=3, search=MGSelect(6, scales=2)).tokens
-    assert plain[0].shape == plain[1].shape == few.shape
+    ids = pipe.transformer.conditioner.tokenize([1] * 6)
+    steps = list(pipe.stream(ids, pipe.generation, seeds=candidate_seeds([3], 6)))
+    tokens = torch.cat([step.tokens for step in steps], dim=1)
+    apart = [torch.zeros(6)]
+    for step in steps:
+        if step.unconditional is not None:
+            p, q = (x.log_softmax(-1) for x in (step.conditional, step.unconditional))
+            apart.append(apart[-1] + (p.exp() * (p - q)).sum((1, 2)))
+    for scales, values in ((None, apart[-1]), (2, apart[1])):  # the first scale is not guided
+        found = pipe(class_labels=[1], seed=3, search=MGSelect(6, scales=scales)).tokens
+        assert torch.equal(found[0], tokens[values.argmax()])
     with pytest.raises(UserError, match="guidance is off"):
         pipe(class_labels=[1], seed=3, guidance_scale=1.0, search=MGSelect(6))
     with pytest.raises(UserError, match="guidance is off"):

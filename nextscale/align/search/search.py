@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -14,7 +14,7 @@ from torch import Tensor
 from nextscale.align.policies.next_scale import NextScalePolicy
 from nextscale.align.rewards import score
 from nextscale.align.rewards.reward import AnyReward, PairwiseReward, SetReward
-from nextscale.align.trajectory import Policy, Trajectory
+from nextscale.align.trajectory import Policy, Trajectory, map_rows
 from nextscale.errors import UserError
 from nextscale.pipeline import NextScalePipeline, Request
 from nextscale.streams import image_stream, stream
@@ -71,8 +71,9 @@ class Drawer:
 
     def sample(self, pictures: Sequence[int]) -> list[int]:
         """New samples, one for each picture named; returns their numbers."""
-        rows = torch.tensor(list(pictures), device=_device(self.encoded))
-        drawn = self.policy.sample(_rows(self.encoded, rows), generators=self._streams(pictures))
+        rows = torch.tensor(list(pictures), device=next(self.policy.network.parameters()).device)
+        own = map_rows(self.encoded, lambda tensor: tensor[rows.to(tensor.device)])
+        drawn = self.policy.sample(own, generators=self._streams(pictures))
         self.cost.passes += len(rows)
         return self._keep(drawn, pictures)
 
@@ -93,7 +94,8 @@ class Drawer:
         found = []
         for picture in range(len(self.seeds)):
             own = [row for row, owner in enumerate(self.owner) if owner == picture]
-            found.append(max(own, key=lambda row: (_number(self.values[row]), -row)))
+            scorable = [row for row in own if not math.isnan(self.values[row])] or own[:1]
+            found.append(max(scorable, key=lambda row: (self.values[row], -row)))
         return found
 
     def _streams(self, pictures: Sequence[int]) -> list[torch.Generator]:
@@ -170,20 +172,3 @@ class Search(ABC):
         policy = NextScalePolicy(pipe, request.settings)
         found = self.on(policy, request.conditions, request.seeds)
         return torch.cat(found.actions, dim=1), policy.decode(found)
-
-
-def _number(value: float) -> float:
-    return value if value == value else float("-inf")
-
-
-def _rows(encoded: Any, rows: Tensor) -> Any:
-    from nextscale.align.trajectory import map_rows
-
-    return map_rows(encoded, lambda tensor: tensor[rows.to(tensor.device)])
-
-
-def _device(encoded: Any) -> torch.device:
-    while not isinstance(encoded, Tensor):
-        entries = encoded.values() if isinstance(encoded, dict) else encoded
-        encoded = next(entry for entry in entries if entry is not None)
-    return encoded.device

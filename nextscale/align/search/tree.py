@@ -14,6 +14,7 @@ from nextscale.errors import UserError, require
 from nextscale.streams import stream
 
 _SELECT = 29
+_UNSCORABLE = -1e9  # finite: means of values stay numbers
 
 
 @dataclass
@@ -137,7 +138,7 @@ class TreeSearch(Search):
             path.append(child)
         for node in path:
             node.visits += 1
-        path[-1].value = reward if reward == reward else -1e9
+        path[-1].value = _UNSCORABLE if math.isnan(reward) else reward
         for node in reversed(path[:-1]):
             values = torch.tensor([c.value for c in node.children], dtype=torch.float64)
             mean = (self.sharpness * values).logsumexp(0) - math.log(len(values))
