@@ -130,7 +130,8 @@ class EraseConfig(TrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require("method", self.method, self.method in METHODS, f"be one of {', '.join(METHODS)}")
-        if not self.concepts and self.pairs is None:
+        written = self.pairs == "templates" or (self.pairs or "").startswith("llm:")
+        if not self.concepts and (self.pairs is None or written):
             raise UserError('concepts is empty; name one, such as "red circle", or give pairs')
         positive = ("num_pairs", "num_pictures", "num_eval_images", "train_scales", "first_blocks")
         for name in positive:

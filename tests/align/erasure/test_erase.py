@@ -171,6 +171,7 @@ def test_a_swapped_class_draws_its_replacement(model: Path, tmp_path: Path) -> N
     ("changes", "message"),
     [
         ({"concepts": ()}, "concepts is empty"),
+        ({"concepts": (), "pairs": "templates"}, "concepts is empty"),
         ({"concepts": ("9",)}, "no class of the model, 0 to 4"),
         ({"concepts": tuple("01234")}, "every class is to be erased"),
         ({"method": "uce"}, "this model has none"),

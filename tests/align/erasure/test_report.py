@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -234,7 +233,7 @@ def test_classes_have_no_words_to_attack(world: Path, recognise: Callable[..., n
 
 
 def test_own_prompts_are_drawn_once_each(world: Path, recognise: Callable[..., np.ndarray]) -> None:
-    under = replace(target(world, recognise, swapped=False))
+    under = target(world, recognise, swapped=False)
     found = own_prompts(under, [ERASED, ERASED, 0])  # pyright: ignore[reportArgumentType]
     assert (found.shown, found.n) == (2, 3)
 
