@@ -8,13 +8,8 @@ import numpy as np
 import pytest
 
 from nextscale.align.erasure.concepts import scene_concept, split_captions
-from nextscale.align.erasure.pairs import (
-    ConceptPair,
-    held_out_pairs,
-    read_pairs,
-    scene_pairs,
-    write_pairs,
-)
+from nextscale.align.erasure.held_out import held_out_pairs
+from nextscale.align.erasure.pairs import ConceptPair, read_pairs, scene_pairs, write_pairs
 from nextscale.data.benchmark import load_benchmark
 from nextscale.data.captions import parse
 from nextscale.data.checker import check
