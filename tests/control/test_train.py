@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -157,3 +158,14 @@ def test_bad_settings_end_before_the_first_step(
     with pytest.raises(UserError, match=message):
         train_control(config(model, tmp_path / "run", **changes), progress=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_two_processes_are_one(
+    model: Path, tmp_path: Path, repeat_with_two_processes: Callable[[str, Path, Path], None]
+) -> None:
+    """Drops are drawn by image and shares of scales by step, whoever holds the batch."""
+    train_control(
+        config(model, tmp_path / "one", control_dropout=0.5, early_decay=1.0), progress=False
+    )
+    repeat_with_two_processes("train control", tmp_path / "one", tmp_path / "two")
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
