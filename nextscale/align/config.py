@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from nextscale.align.methods.b2 import B2Config
 from nextscale.align.methods.d2o import D2OConfig
+from nextscale.align.methods.diffusion_nft import DiffusionNFTConfig
 from nextscale.align.methods.dpo import DPOConfig
 from nextscale.align.methods.dragon import DRAGONConfig
 from nextscale.align.methods.fdpg import FDPGConfig
@@ -21,7 +22,7 @@ from nextscale.training import TrainingConfig
 
 METHOD_NAMES = (
     *("grpo", "dpo", "raft", "b2", "dragon", "find"),
-    *("fdpg", "reg_grpo", "nft", "d2o", "sibling"),
+    *("fdpg", "reg_grpo", "nft", "diffusion_nft", "d2o", "sibling"),
 )
 
 
@@ -51,8 +52,8 @@ class AlignConfig(TrainingConfig):
     """Settings of `nextscale align`; `train_batch_size` counts examples (samples, or pairs)."""
 
     method: str = "grpo"
-    """grpo, dpo, raft, b2, dragon, find, fdpg, reg_grpo, nft, d2o or sibling; its settings are in
-    the section of its name."""
+    """grpo, dpo, raft, b2, dragon, find, fdpg, reg_grpo, nft, diffusion_nft, d2o or sibling; its
+    settings are in the section of its name."""
     model: str = "scenes"
     """A next-scale model (bundled name, folder, hub id) or a diffusers pipeline (folder or id)."""
     control: str | None = None
@@ -160,6 +161,8 @@ class AlignConfig(TrainingConfig):
     """Settings of Reg-GRPO."""
     nft: NFTConfig = field(default_factory=NFTConfig)
     """Settings of NFT."""
+    diffusion_nft: DiffusionNFTConfig = field(default_factory=DiffusionNFTConfig)
+    """Settings of DiffusionNFT."""
     d2o: D2OConfig = field(default_factory=D2OConfig)
     """Settings of D2O."""
     sibling: SiblingConfig = field(default_factory=SiblingConfig)

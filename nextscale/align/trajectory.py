@@ -271,3 +271,27 @@ class Policy(Protocol):
     def reference(self) -> AbstractContextManager[nn.Module]:
         """The frozen network that KL terms and preference losses compare with."""
         ...
+
+
+@runtime_checkable
+class Denoiser(Policy, Protocol):
+    """A policy that also says what a noised sample was: diffusion."""
+
+    def errors(
+        self,
+        trajectory: Trajectory,
+        *,
+        generators: Sequence[torch.Generator],
+        network: nn.Module | None = None,
+    ) -> Float[Tensor, "b ..."]:
+        """Predicted minus true final latents, seen noised, without guidance.
+
+        Networks that predict noise would see infinite errors in pure noise: theirs are multiplied
+        by the picture's share in the latents.
+
+        Args:
+            trajectory: The samples.
+            generators: One per sample, of its time and noise; read but not advanced.
+            network: The wrapped module of a training loop; None: the policy's own.
+        """
+        ...

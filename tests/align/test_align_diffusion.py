@@ -69,7 +69,7 @@ def log(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("method", ["grpo", "dpo", "raft", "b2", "dragon"])
+@pytest.mark.parametrize("method", ["grpo", "dpo", "raft", "b2", "dragon", "diffusion_nft"])
 def test_every_method_trains_a_pipeline_that_diffusers_opens(
     tmp_path: Path, pipeline_folder: Path, method: str
 ) -> None:
@@ -202,7 +202,7 @@ def grey_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("seed", [0, 1000, 2000])
-@pytest.mark.parametrize("method", ["grpo", "dpo"])
+@pytest.mark.parametrize("method", ["grpo", "dpo", "diffusion_nft"])
 def test_every_method_raises_the_reward_of_a_pipeline(
     tmp_path: Path, grey_folder: Path, monkeypatch: pytest.MonkeyPatch, method: str, seed: int
 ) -> None:
@@ -215,11 +215,18 @@ def test_every_method_raises_the_reward_of_a_pipeline(
         return images.mean((1, 2, 3))
 
     monkeypatch.setattr(DiffusionPolicy, "decode", level)
+    own: dict[str, Any] = {
+        "grpo": {"train_batch_size": 64},
+        "dpo": {"train_batch_size": 16},
+        # It judges each sample at one random time alone: more of them, and slower.
+        "diffusion_nft": {"num_prompts": 48, "train_batch_size": 192, "learning_rate": 1e-3},
+    }[method]
+    shared: dict[str, Any] = {"num_prompts": 16, "learning_rate": 3e-3} | own
     config = settings(
-        tmp_path / "run", grey_folder, method=method, reward_funcs=(), num_prompts=16,
-        train_batch_size=64 if method == "grpo" else 16, gradient_accumulation_steps=1,
-        guidance_scale=1.0, max_train_steps=20, learning_rate=3e-3, seed=seed,
-        diffusion=DiffusionSettings(num_inference_steps=4),
+        tmp_path / "run", grey_folder, method=method, reward_funcs=(), guidance_scale=1.0,
+        gradient_accumulation_steps=1, max_train_steps=20, seed=seed,
+        lr_warmup_steps=5 if method == "diffusion_nft" else 0,
+        diffusion=DiffusionSettings(num_inference_steps=4), **shared,
     )  # fmt: skip
     align(config, rewards={"level": as_it_is}, progress=False)
     means = torch.tensor([line["rewards/level/mean"] for line in log(tmp_path / "run")])

@@ -14,6 +14,7 @@ from torch import Tensor
 from nextscale.align.advantages import beta_norm, group_advantages
 from nextscale.align.methods.covariance import covariances, highest, random_between
 from nextscale.align.methods.d2o import D2O, D2OConfig
+from nextscale.align.methods.diffusion_nft import DiffusionNFT, DiffusionNFTConfig
 from nextscale.align.methods.fdpg import FDPG, FDPGConfig, fdpg_rewards
 from nextscale.align.methods.grpo import GRPO
 from nextscale.align.methods.grpo_config import GRPOConfig
@@ -103,11 +104,12 @@ def test_diffusion_nft() -> None:
     v, old, clean, noised = (double(row[name]) for name in ("v", "v_old", "x0", "xt"))
     t, share = double(row["t"])[:, None], double(row["r"])
     predicted = noised - t * v
-    found = diffusion_nft_loss(predicted, noised - t * old, clean, share, beta=row["beta"])
+    errors, old_errors = predicted - clean, noised - t * old - clean
+    found = diffusion_nft_loss(errors, old_errors, share, beta=row["beta"])
     close(found, row["loss_per_sample"])
-    even = predicted.clone().requires_grad_()
+    even = errors.clone().requires_grad_()
     half = torch.full_like(share, 0.5)
-    diffusion_nft_loss(even, predicted, clean, half, beta=row["beta"]).sum().backward()
+    diffusion_nft_loss(even, errors, half, beta=row["beta"]).sum().backward()
     assert even.grad is not None
     close(even.grad, torch.zeros_like(even).tolist())  # 1/2 teaches nothing on policy
 
@@ -294,6 +296,8 @@ def test_tokens_are_not_those_of_diffusion() -> None:
             GRPO(GRPOConfig(**changes), other)
     with pytest.raises(UserError, match="diffusion_nft"):
         NFT(NFTConfig(), other)
+    with pytest.raises(UserError, match="for next-scale models: nft"):
+        DiffusionNFT(DiffusionNFTConfig(), policy())
 
 
 def test_what_a_group_gives() -> None:

@@ -191,11 +191,14 @@ def test_a_right_answer_to_noised_latents_gives_the_latents(prediction: str) -> 
     transitions = DDIMTransitions.of(scheduler, 1.0)
     clean, noise = normal(3, 4), normal(3, 4, seed=1)
     place = torch.tensor([0.0, 0.4, 0.7])
-    noisy, timesteps, target = transitions.noised(clean, noise, place)
-    assert timesteps.tolist() == [0, 400, 700]
+    noised = transitions.noised(clean, noise, place)
+    assert noised.timesteps.tolist() == [0, 400, 700]
+    alphas = torch.tensor([transitions.alphas[int(t)] for t in noised.timesteps])
+    expected = (1 - alphas).sqrt() if prediction != "sample" else torch.ones(3)
+    torch.testing.assert_close(noised.weight.flatten(), expected)
     for row in range(3):
-        alpha = transitions.alphas[int(timesteps[row])]
-        one = (noisy[row : row + 1], target[row : row + 1], alpha, 1.0, 0.0)
+        alpha = transitions.alphas[int(noised.timesteps[row])]
+        one = (noised.latents[row : row + 1], noised.target[row : row + 1], alpha, 1.0, 0.0)
         found = ddim_mean(*one, prediction_type=prediction)
         torch.testing.assert_close(found[0], clean[row], rtol=1e-3, atol=1e-4)
 
@@ -205,9 +208,10 @@ def test_a_right_answer_to_a_noised_flow_gives_the_latents() -> None:
     scheduler.set_timesteps(5)
     transitions = FlowTransitions.of(scheduler, 0.7)
     clean, noise = normal(2, 4), normal(2, 4, seed=1)
-    noisy, timesteps, target = transitions.noised(clean, noise, torch.tensor([0.25, 0.25]))
-    assert timesteps.tolist() == [250, 250]
-    torch.testing.assert_close(flow_mean(noisy, target, 0.25, 0.0, 0.0), clean)
+    noised = transitions.noised(clean, noise, torch.tensor([0.25, 0.25]))
+    assert noised.timesteps.tolist() == [250, 250]
+    torch.testing.assert_close(flow_mean(noised.latents, noised.target, 0.25, 0.0, 0.0), clean)
+    assert noised.weight.flatten().tolist() == [0.25, 0.25]
 
 
 def test_sigmas_must_fall() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from nextscale.align.methods.b2 import B2
 from nextscale.align.methods.d2o import D2O
+from nextscale.align.methods.diffusion_nft import DiffusionNFT
 from nextscale.align.methods.dpo import DPO
 from nextscale.align.methods.dragon import DRAGON
 from nextscale.align.methods.fdpg import FDPG
@@ -25,6 +26,7 @@ METHODS: dict[str, type[Method]] = {
     "fdpg": FDPG,
     "reg_grpo": RegGRPO,
     "nft": NFT,
+    "diffusion_nft": DiffusionNFT,
     "d2o": D2O,
     "sibling": Sibling,
 }
@@ -40,6 +42,7 @@ __all__ = [
     "METHODS",
     "NFT",
     "RAFT",
+    "DiffusionNFT",
     "Method",
     "RegGRPO",
     "Sibling",

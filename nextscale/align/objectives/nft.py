@@ -47,25 +47,23 @@ def nft_loss(
 
 
 def diffusion_nft_loss(
-    predicted: Float[Tensor, "b ..."],
-    old: Float[Tensor, "b ..."],
-    clean: Float[Tensor, "b ..."],
+    errors: Float[Tensor, "b ..."],
+    old_errors: Float[Tensor, "b ..."],
     share: Float[Tensor, " b"],
     *,
     beta: float = 1.0,
 ) -> Float[Tensor, " b"]:
     """DiffusionNFT (arXiv 2509.16117): the forward process learns from good and bad samples.
 
-    x+ = beta x + (1 - beta) sg[x_old], x- = (1 + beta) sg[x_old] - beta x;
-    L = (r e(x+) + (1 - r) e(x-)) / beta, e(y) = mean (y - x0)^2 / sg[mean |y - x0|].
+    With d = x - x0, x the clean sample that is predicted from a noised x_t:
+    d+ = beta d + (1 - beta) sg[d_old], d- = (1 + beta) sg[d_old] - beta d;
+    L = (r e(d+) + (1 - r) e(d-)) / beta, e(d) = mean d^2 / sg[mean |d|].
 
-    The paper writes velocities v of flow matching, x = x_t - t v; both are linear, so predictions
-    of the clean sample serve any parametrisation alike.
+    The paper writes velocities v of flow matching, x = x_t - t v; mixing them is mixing errors.
 
     Args:
-        predicted: Clean samples x that the policy predicts from a noised x_t.
-        old: Those that the policy predicted which drew the samples; the same x_t.
-        clean: The samples x0.
+        errors: d of the policy.
+        old_errors: Of the policy that drew the samples; the same x_t.
         share: r in [0, 1], how good each sample is; 1/2 teaches nothing on policy.
         beta: Strength of the implicit policies, (0, 1] in the paper: 1, or 0.1 for several rewards.
 
@@ -73,13 +71,13 @@ def diffusion_nft_loss(
         One loss per sample.
     """
     require("beta", beta, beta > 0, "be above 0")
-    old = old.detach()
-    good = _error(beta * predicted + (1 - beta) * old, clean)
-    bad = _error((1 + beta) * old - beta * predicted, clean)
+    old = old_errors.detach()
+    good = _scaled(beta * errors + (1 - beta) * old)
+    bad = _scaled((1 + beta) * old - beta * errors)
     return (share * good + (1 - share) * bad) / beta
 
 
-def _error(predicted: Tensor, clean: Tensor) -> Float[Tensor, " b"]:
-    difference = (predicted - clean).flatten(1)
-    scale = difference.detach().abs().mean(1).clamp_min(_LEAST_ERROR)
-    return difference.square().mean(1) / scale
+def _scaled(errors: Tensor) -> Float[Tensor, " b"]:
+    errors = errors.flatten(1)
+    scale = errors.detach().abs().mean(1).clamp_min(_LEAST_ERROR)
+    return errors.square().mean(1) / scale

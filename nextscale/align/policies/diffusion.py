@@ -18,6 +18,7 @@ from nextscale.align.policies.gaussian import (
     MIN_STD,
     DDIMTransitions,
     FlowTransitions,
+    Noised,
     Transitions,
     gaussian_log_prob,
 )
@@ -338,28 +339,44 @@ class DiffusionPolicy:
         Generators are read but not advanced: the same ones give both samples of a pair, and the
         policy and its reference, the same (t, noise).
         """
+        asked = self.network if network is None else network
+        context = self.reference() if reference else contextlib.nullcontext(asked)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not reference), context as judge:
+            output, noised = self._renoised(trajectory, generators, judge)
+        errors = (output - noised.target).square().flatten(1).mean(1)
+        score = -0.5 * errors[:, None]
+        return score, torch.ones_like(score, dtype=torch.bool)
+
+    def errors(
+        self,
+        trajectory: Trajectory,
+        *,
+        generators: Sequence[torch.Generator],
+        network: nn.Module | None = None,
+    ) -> Float[Tensor, "b ..."]:
+        """At the times and with the noise of `pair_score`; see `Denoiser.errors`."""
+        asked = self.network if network is None else network
+        output, noised = self._renoised(trajectory, generators, asked)
+        return noised.weight * (output - noised.target)
+
+    def _renoised(
+        self, trajectory: Trajectory, generators: Sequence[torch.Generator], judge: nn.Module
+    ) -> tuple[Tensor, Noised]:
+        """What a network says, without guidance, about final latents noised to a random time."""
         clean = trajectory.actions[-1].float()
         if len(generators) != len(clean):
             raise UserError(f"{len(generators)} generators for {len(clean)} samples")
         copies = [generator.clone_state() for generator in generators]
         place = torch.cat([torch.rand(1, generator=g) for g in copies]).to(clean.device)
         noise = torch.stack([torch.randn(clean.shape[1:], generator=g) for g in copies])
-        noisy, timesteps, target = self.transitions.noised(clean, noise.to(clean), place)
+        noised = self.transitions.noised(clean, noise.to(clean), place)
         chosen = self.plan.conditional
         sign = sum(self.plan.weights[0])
-        asked = self.network if network is None else network
-        context = self.reference() if reference else contextlib.nullcontext(asked)
-        with (
-            torch.set_grad_enabled(torch.is_grad_enabled() and not reference),
-            context as judge,
-            evaluating(bare(judge)),
-        ):
-            times = self.plan.network_times(timesteps, self.transitions.timesteps)
+        with evaluating(bare(judge)):
+            times = self.plan.network_times(noised.timesteps, self.transitions.timesteps)
             dtype, conditions = self.calls.network.dtype, trajectory.conditions
-            (output,) = self.plan.outputs(judge, dtype, noisy, times, conditions, [chosen])
-        errors = (sign * output - target).square().flatten(1).mean(1)
-        score = -0.5 * errors[:, None]
-        return score, torch.ones_like(score, dtype=torch.bool)
+            (output,) = self.plan.outputs(judge, dtype, noised.latents, times, conditions, [chosen])
+        return sign * output, noised
 
     def reference(self) -> contextlib.AbstractContextManager[nn.Module]:
         """The frozen network to compare with; see `Policy.reference`."""

@@ -127,6 +127,24 @@ def flow_mean(
     return sample * (1 + half * dt) + velocity * ((1 + half * (1 - sigma)) * dt)
 
 
+@dataclass(frozen=True)
+class Noised:
+    """Final latents, noised to places in [0, 1) of training time.
+
+    Attributes:
+        latents: [B, ...].
+        timesteps: [B], of the scheduler.
+        target: What the network should say there.
+        weight: [B, 1, ...], makes errors of the network such of the final latents: the share of
+            noise, or 1 where the network predicts these.
+    """
+
+    latents: Tensor
+    timesteps: Float[Tensor, " b"]
+    target: Tensor
+    weight: Tensor
+
+
 class Transitions(Protocol):
     """The steps of a sampler with a fixed number of them, as Gaussians."""
 
@@ -143,10 +161,8 @@ class Transitions(Protocol):
         """Mean of a step, stochastic or deterministic."""
         ...
 
-    def noised(
-        self, clean: Tensor, noise: Tensor, place: Float[Tensor, " b"]
-    ) -> tuple[Tensor, Float[Tensor, " b"], Tensor]:
-        """Noisy latents at places in [0, 1) of training time, their timesteps, and the target."""
+    def noised(self, clean: Tensor, noise: Tensor, place: Float[Tensor, " b"]) -> Noised:
+        """Noisy latents at places in [0, 1) of training time."""
         ...
 
 
@@ -210,9 +226,7 @@ class DDIMTransitions:
         alphas = self._alphas(step)
         return ddim_mean(sample, output, *alphas, std, prediction_type=kind, clip=clip)
 
-    def noised(
-        self, clean: Tensor, noise: Tensor, place: Float[Tensor, " b"]
-    ) -> tuple[Tensor, Float[Tensor, " b"], Tensor]:
+    def noised(self, clean: Tensor, noise: Tensor, place: Float[Tensor, " b"]) -> Noised:
         """x_t at timesteps floor(place N), and what the network should say there."""
         timesteps = (place * len(self.alphas)).floor()
         alphas = torch.tensor(self.alphas, device=clean.device)[timesteps.long()]
@@ -220,7 +234,8 @@ class DDIMTransitions:
         targets = {"epsilon": noise, "sample": clean}
         velocity = signal * noise - spread * clean
         target = targets.get(self.prediction_type, velocity)
-        return signal * clean + spread * noise, timesteps, target
+        weight = torch.ones_like(spread) if self.prediction_type == "sample" else spread
+        return Noised(signal * clean + spread * noise, timesteps, target, weight)
 
 
 @dataclass(frozen=True)
@@ -267,12 +282,11 @@ class FlowTransitions:
         diffusion = self._diffusion(step) if stochastic else 0.0
         return flow_mean(sample, output, self.sigmas[step], self.sigmas[step + 1], diffusion)
 
-    def noised(
-        self, clean: Tensor, noise: Tensor, place: Float[Tensor, " b"]
-    ) -> tuple[Tensor, Float[Tensor, " b"], Tensor]:
+    def noised(self, clean: Tensor, noise: Tensor, place: Float[Tensor, " b"]) -> Noised:
         """(1 - s) x_0 + s noise at s = place, uniform and not shifted, and the velocity."""
         share = _columns(place, clean)
-        return torch.lerp(clean, noise, share), place * self.train_timesteps, noise - clean
+        timesteps, latents = place * self.train_timesteps, torch.lerp(clean, noise, share)
+        return Noised(latents, timesteps, noise - clean, share)
 
 
 def _exact(tensor: Tensor) -> Tensor:
