@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ from nextscale.cli.job import (
 from nextscale.cli.loading import load_pipeline
 from nextscale.cli.ranks import on_main, process_group
 from nextscale.cli.recipes import to_yaml
-from nextscale.cli.search_flags import open_search
+from nextscale.cli.search_flags import SearchFlags, open_search
 
 if TYPE_CHECKING:
     from nextscale.align.start_model import Start
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from nextscale.pipeline import NextScalePipeline
 
 MAX_GRID = 64
-SEARCH = ("search", "search_reward", "search_samples", "search_steps")
+SEARCH = tuple(field.name for field in fields(SearchFlags))
 CONTROL = (
     *("control_type", "control_image", "control_scale", "control_start", "control_end"),
     *("control", "control_mask", "control_extract", "guess_mode"),

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 class SearchFlags:
     """More samples than pictures, and a choice."""
 
-    search: Literal["best_of", "tree", "mg_select"] | None = None
+    search: Literal["best_of", "tree", "mg_select", "genarm"] | None = None
     """best_of: independent samples, tree: samples that go on from good beginnings, both judged by
-    --search_reward; mg_select: by guidance alone. It takes the place of num_candidates."""
+    --search_reward; mg_select: by guidance alone; genarm: one sample, whose tokens --search_model
+    weighs. It takes the place of num_candidates."""
     search_reward: str | None = None
     """A reward of single pictures as in `nextscale align`, such as clip; none: checker, for models
     of scenes."""
@@ -26,6 +27,10 @@ class SearchFlags:
     """Samples per picture."""
     search_steps: tuple[int, ...] = ()
     """tree: scales at which samples part; none: 1 2 3."""
+    search_model: str | None = None
+    """genarm: a model of the same tokenizer, such as one that `nextscale align` left."""
+    search_weight: float = 1.0
+    """genarm: of the model's log-probabilities."""
 
     def check_search(self) -> None:
         """Refuse flags that nothing would read.
@@ -35,11 +40,16 @@ class SearchFlags:
         """
         require("search_samples", self.search_samples, self.search_samples > 0, "be above 0")
         given = [f.name for f in fields(SearchFlags) if getattr(self, f.name) != f.default]
-        unread = {
-            None: {"search_reward", "search_samples", "search_steps"},
-            "best_of": {"search_steps"},
-            "mg_select": {"search_reward", "search_steps"},
-        }.get(self.search, set())
+        if self.search == "genarm" and self.search_model is None:
+            raise UserError("--search genarm weighs tokens by another model: give --search_model")
+        read = {
+            None: set(),
+            "best_of": {"search_reward", "search_samples"},
+            "tree": {"search_reward", "search_samples", "search_steps"},
+            "mg_select": {"search_samples"},
+            "genarm": {"search_model", "search_weight"},
+        }[self.search]
+        unread = {f.name for f in fields(SearchFlags)} - read - {"search"}
         if wrong := sorted(unread & set(given)):
             which = "without --search" if self.search is None else f"by --search {self.search}"
             raise UserError(f"{', '.join(wrong)}: not read {which}; leave it out")
@@ -53,8 +63,13 @@ def open_search(flags: SearchFlags, pipe: NextScalePipeline) -> Callable[..., An
     """
     if flags.search is None:
         return None
-    from nextscale.align.search import BestOf, MGSelect, TreeSearch
+    from nextscale.align.search import BestOf, GenARM, MGSelect, TreeSearch
 
+    if flags.search == "genarm":
+        assert flags.search_model is not None
+        place = {"device": pipe.device, "dtype": pipe.dtype}
+        judge = type(pipe).from_pretrained(flags.search_model, **place)
+        return GenARM(judge, flags.search_weight)
     if flags.search == "mg_select":
         return MGSelect(flags.search_samples)
     from nextscale.align.rewards import open_reward

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 from nextscale.align.policies.next_scale import NextScalePolicy
 from nextscale.align.rewards import as_reward, open_reward
 from nextscale.align.rewards.composition import Preference
-from nextscale.align.search import BestOf, MGSelect, Search, TreeSearch
+from nextscale.align.search import BestOf, GenARM, MGSelect, Search, TreeSearch
 from nextscale.align.search.search import Drawer
 from nextscale.cli import main
 from nextscale.errors import UserError
@@ -24,6 +25,7 @@ from nextscale.pipeline import NextScalePipeline, Request
 from nextscale.streams import candidate_seeds
 from nextscale.tokenizers import MultiscaleVQ
 from nextscale.var import NextScaleTransformer, SamplingConfig
+from nextscale.var.filtering import ImageDraws
 
 LABELS = [0, 1, 2, 3]
 
@@ -157,6 +159,44 @@ def test_mg_select_takes_what_the_prompt_decided(pipe: NextScalePipeline) -> Non
         pipe(class_labels=[1], seed=3, guidance_scale=1.0, search=MGSelect(6))
     with pytest.raises(UserError, match="guidance is off"):
         pipe(class_labels=[1], seed=3, search=MGSelect(6, scales=1))
+
+
+def test_another_model_weighs_the_tokens(
+    pipe: NextScalePipeline, build_model: Callable[..., NextScaleTransformer]
+) -> None:
+    """What is drawn from base x judge^weight, given all tokens before it and equal uniforms."""
+    model = build_model(seed=7)
+    judge = NextScalePipeline(pipe.tokenizer, model)
+    plain = pipe(class_labels=LABELS, seed=5, output_type="pt")
+    off = pipe(class_labels=LABELS, seed=5, output_type="pt", search=GenARM(judge, 0.0))
+    assert torch.equal(off.tokens, plain.tokens)
+    mixed = GenARM(judge, 0.5)
+    found = pipe(class_labels=LABELS, seed=5, guidance_scale=1.0, output_type="pt", search=mixed)
+    assert (mixed.cost.samples, mixed.cost.passes) == (4, 8)
+    ids = pipe.transformer.conditioner.tokenize(LABELS)
+    inputs = pipe.tokenizer.teacher_inputs(found.tokens)
+    with torch.no_grad():
+        logits = pipe.transformer(inputs, ids=ids) + 0.5 * model(inputs, ids=ids)
+    draws = ImageDraws(found.seeds, pipe.tokenizer.schedule.lengths)
+    for scale, where in enumerate(pipe.tokenizer.schedule.slices):
+        assert torch.equal(draws.tokens(scale, logits[:, where]), found.tokens[:, where])
+    assert not torch.equal(
+        found.tokens, pipe(class_labels=LABELS, seed=5, guidance_scale=1.0).tokens
+    )
+
+
+def test_a_judge_of_other_tokens_is_refused(
+    pipe: NextScalePipeline, build_model: Callable[..., NextScaleTransformer]
+) -> None:
+    other = copy.deepcopy(pipe.tokenizer)
+    other.quantizer.codebook.weight.data += 1
+    search = GenARM(NextScalePipeline(other, build_model()))
+    with pytest.raises(UserError, match="another tokenizer"):
+        pipe(class_labels=[0], seed=0, search=search)
+    with pytest.raises(UserError, match="more_smooth"):
+        pipe(class_labels=[0], seed=0, more_smooth=True, search=GenARM(pipe))
+    with pytest.raises(UserError, match="be 0 or more"):
+        GenARM(pipe, -1.0)
 
 
 def test_what_does_not_fit_is_refused(pipe: NextScalePipeline) -> None:

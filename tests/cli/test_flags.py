@@ -109,6 +109,7 @@ def test_the_flags_of_the_main_commands():
             "lora_scale",
             "start",
             *("search", "search_reward", "search_samples", "search_steps"),
+            *("search_model", "search_weight"),
             "control_image",
             "control_type",
             "control_scale",
