@@ -13,6 +13,7 @@ from nextscale.align.methods.fdpg import FDPGConfig
 from nextscale.align.methods.find import FINDConfig
 from nextscale.align.methods.grpo_config import GRPOConfig
 from nextscale.align.methods.nft import NFTConfig
+from nextscale.align.methods.r0 import R0Config
 from nextscale.align.methods.raft import RAFTConfig
 from nextscale.align.methods.reg_grpo import RegGRPOConfig
 from nextscale.align.methods.sibling import SiblingConfig
@@ -22,7 +23,7 @@ from nextscale.training import TrainingConfig
 
 METHOD_NAMES = (
     *("grpo", "dpo", "raft", "b2", "dragon", "find"),
-    *("fdpg", "reg_grpo", "nft", "diffusion_nft", "d2o", "sibling"),
+    *("fdpg", "reg_grpo", "nft", "diffusion_nft", "d2o", "sibling", "r0"),
 )
 
 
@@ -52,8 +53,8 @@ class AlignConfig(TrainingConfig):
     """Settings of `nextscale align`; `train_batch_size` counts examples (samples, or pairs)."""
 
     method: str = "grpo"
-    """grpo, dpo, raft, b2, dragon, find, fdpg, reg_grpo, nft, diffusion_nft, d2o or sibling; its
-    settings are in the section of its name."""
+    """grpo, dpo, raft, b2, dragon, find, fdpg, reg_grpo, nft, diffusion_nft, d2o, sibling or r0;
+    its settings are in the section of its name."""
     model: str = "scenes"
     """A next-scale model (bundled name, folder, hub id) or a diffusers pipeline (folder or id)."""
     control: str | None = None
@@ -165,6 +166,8 @@ class AlignConfig(TrainingConfig):
     """Settings of DiffusionNFT."""
     d2o: D2OConfig = field(default_factory=D2OConfig)
     """Settings of D2O."""
+    r0: R0Config = field(default_factory=R0Config)
+    """Settings of R0."""
     sibling: SiblingConfig = field(default_factory=SiblingConfig)
     """Settings of Sibling-GRPO."""
 

@@ -274,6 +274,38 @@ class Policy(Protocol):
 
 
 @runtime_checkable
+class Redrawing(Policy, Protocol):
+    """A policy whose last steps can be drawn with a gradient.
+
+    Attributes:
+        most_redrawn: How many.
+    """
+
+    @property
+    def most_redrawn(self) -> int:
+        """See above."""
+        ...
+
+    def redraw(
+        self,
+        trajectory: Trajectory,
+        last: int,
+        *,
+        generators: Sequence[torch.Generator],
+        network: nn.Module | None = None,
+    ) -> Float[Tensor, "b 3 H W"]:
+        """Pictures in [0, 1] whose last steps are drawn anew; gradients reach the network.
+
+        Args:
+            trajectory: Where the steps before come from, without gradient.
+            last: How many steps.
+            generators: One per sample, read but not advanced.
+            network: The wrapped module of a training loop; None: the policy's own.
+        """
+        ...
+
+
+@runtime_checkable
 class Denoiser(Policy, Protocol):
     """A policy that also says what a noised sample was: diffusion."""
 

@@ -23,6 +23,7 @@ from nextscale.align.methods.fdpg import FDPGConfig
 from nextscale.align.methods.grpo import GRPO
 from nextscale.align.methods.grpo_config import GRPOConfig
 from nextscale.align.methods.nft import NFTConfig
+from nextscale.align.methods.r0 import R0Config
 from nextscale.align.methods.raft import RAFT, RAFTConfig
 from nextscale.align.methods.sibling import SiblingConfig
 from nextscale.align.pairs import read_pairs
@@ -370,6 +371,33 @@ def test_two_processes_are_one(
     row, other = (r["prompts"]["classes"]["rewards"]["brightness"] for r in (one, two))
     assert other["before"] == row["before"]
     assert other["after"]["value"] == pytest.approx(row["after"]["value"], abs=1e-3)
+
+
+@pytest.mark.parametrize("seed", [0, 1000, 2000])
+def test_the_gradient_of_a_reward_raises_it(tmp_path: Path, model_folder: Path, seed: int) -> None:
+    """R0 through the last scale; and the pull to the start holds it back."""
+    changes: dict[str, Any] = {
+        "method": "r0", "max_train_steps": 15, "num_prompts": 8, "num_generations": 8,
+        "train_batch_size": 64, "gradient_accumulation_steps": 1, "learning_rate": 1e-2,
+        "checkpointing_steps": None, "seed": seed,
+    }  # fmt: skip
+    gains = []
+    for pull in (0.0, 100.0):
+        folder = tmp_path / str(pull)
+        own = {**changes, "r0": R0Config(weight_decay_to_start=pull)}
+        align(settings(folder, model_folder, **own), progress=False)
+        found = [line["reward"] for line in log(folder)]
+        gains.append(sum(found[-5:]) / 5 - found[0])
+    assert gains[0] > 0.008  # little: most of a picture is in the scales before
+    assert gains[1] < gains[0] / 2
+
+
+def test_r0_needs_rewards_with_a_gradient(tmp_path: Path, model_folder: Path) -> None:
+    changes = {"method": "r0", "reward_funcs": ("jpeg_compressibility",)}
+    with pytest.raises(UserError, match='"jpeg_compressibility" has none'):
+        align(settings(tmp_path, model_folder, **changes), progress=False)
+    with pytest.raises(UserError, match="be at most 1 for this model"):
+        align(settings(tmp_path, model_folder, method="r0", r0=R0Config(last_steps=2)))
 
 
 # ---- methods -----------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ def log(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("method", ["grpo", "dpo", "raft", "b2", "dragon", "diffusion_nft"])
+@pytest.mark.parametrize("method", ["grpo", "dpo", "raft", "b2", "dragon", "diffusion_nft", "r0"])
 def test_every_method_trains_a_pipeline_that_diffusers_opens(
     tmp_path: Path, pipeline_folder: Path, method: str
 ) -> None:

@@ -560,3 +560,19 @@ def test_two_steps_of_an_sd3_are_enough() -> None:
     assert policy.guidance == (1.0, 1.0)
     with pytest.raises(UserError, match="two or more"):
         DiffusionPolicy(pipe, num_inference_steps=1, guidance_scale=1.0, call=SIZE)
+
+
+@pytest.mark.parametrize("name", ["sd", "sd3", "dit"])
+def test_what_is_redrawn_is_a_picture_of_the_policy_with_a_gradient(name: str) -> None:
+    """Without noise in the last steps it is the rollout's own picture, by another decoder call."""
+    policy = policy_of(name, num_inference_steps=4, stochastic_steps=range(2))
+    encoded = policy.encode(conditions_of(policy, 2))
+    trajectory = policy.sample(encoded, generators=streams(1, 2))
+    pictures = policy.redraw(trajectory, 2, generators=streams(3, 4))
+    torch.testing.assert_close(pictures.detach(), policy.decode(trajectory), atol=1e-4, rtol=1e-3)
+    pictures.mean().backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in policy.network.parameters())
+    other = policy.redraw(trajectory, 4, generators=streams(3, 4))  # with noise
+    assert not torch.equal(other, pictures)
+    again = policy.redraw(trajectory, 4, generators=streams(3, 4))
+    assert torch.equal(other, again)

@@ -386,3 +386,25 @@ def test_masks_are_pulled_back_to_every_scale() -> None:
     assert weights[0, 1:5].tolist() == pytest.approx([0.1, 1, 0.1, 0.1])
     assert weights[0, 5:].view(4, 4)[:2, 2:].tolist() == [[1, 1], [1, 1]]
     assert float(weights.sum()) == pytest.approx(5 + weights[0, 0].item() + 0.1 * 15)
+
+
+def test_the_last_scale_is_redrawn_with_a_gradient(pipe: NextScalePipeline) -> None:
+    """Its tokens follow the policy's distribution; the gradient raises what is asked for."""
+    pipe.tokenizer.requires_grad_(False)
+    policy = NextScalePolicy(pipe, GUIDED)
+    trajectory = policy.sample(policy.encode([0] * 64), generators=generators(64))
+    pictures = policy.redraw(trajectory, 1, generators=generators(64, 1))
+    assert pictures.shape == policy.decode(trajectory).shape
+    shift = (pictures.detach().mean() - policy.decode(trajectory).mean()).abs()
+    scatter = policy.decode(trajectory).mean((1, 2, 3)).std() / 8
+    assert shift < 3 * 2**0.5 * scatter
+    pipe.transformer.zero_grad()
+    pictures.mean().backward()
+    with torch.no_grad():
+        for weight in pipe.transformer.parameters():
+            if weight.grad is not None:
+                weight += 50 * weight.grad
+    after = policy.redraw(trajectory, 1, generators=generators(64, 1))
+    assert after.mean() > pictures.mean()
+    with pytest.raises(UserError, match="only the last scale"):
+        policy.redraw(trajectory, 2, generators=generators(1))

@@ -12,6 +12,7 @@ from nextscale.align.methods.find import FIND
 from nextscale.align.methods.grpo import GRPO
 from nextscale.align.methods.method import Method
 from nextscale.align.methods.nft import NFT
+from nextscale.align.methods.r0 import R0
 from nextscale.align.methods.raft import RAFT
 from nextscale.align.methods.reg_grpo import RegGRPO
 from nextscale.align.methods.sibling import Sibling
@@ -28,6 +29,7 @@ METHODS: dict[str, type[Method]] = {
     "nft": NFT,
     "diffusion_nft": DiffusionNFT,
     "d2o": D2O,
+    "r0": R0,
     "sibling": Sibling,
 }
 
@@ -41,6 +43,7 @@ __all__ = [
     "GRPO",
     "METHODS",
     "NFT",
+    "R0",
     "RAFT",
     "DiffusionNFT",
     "Method",

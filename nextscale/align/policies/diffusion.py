@@ -359,6 +359,35 @@ class DiffusionPolicy:
         output, noised = self._renoised(trajectory, generators, asked)
         return noised.weight * (output - noised.target)
 
+    @property
+    def most_redrawn(self) -> int:
+        """All steps; their activations stay in memory."""
+        return self.num_steps
+
+    def redraw(
+        self,
+        trajectory: Trajectory,
+        last: int,
+        *,
+        generators: Sequence[torch.Generator],
+        network: nn.Module | None = None,
+    ) -> Float[Tensor, "b 3 H W"]:
+        """With guidance, as rollouts are drawn; see `Redrawing.redraw`."""
+        self._check_same(trajectory)
+        judge = self.network if network is None else network
+        first = self.num_steps - last
+        latents = trajectory.actions[first - 1] if first else trajectory.start
+        copies = [generator.clone_state() for generator in generators]
+        with evaluating(bare(judge)):
+            for step in range(first, self.num_steps):
+                flag = trajectory.stochastic[step]
+                mean = latents = self._mean(judge, latents, step, trajectory.conditions, flag)
+                if flag:
+                    noise = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in copies])
+                    latents = mean + self.transitions.std(step) * noise.to(mean)
+        assert latents is not None
+        return self.calls.pixels(latents)
+
     def _renoised(
         self, trajectory: Trajectory, generators: Sequence[torch.Generator], judge: nn.Module
     ) -> tuple[Tensor, Noised]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -357,6 +358,41 @@ class NextScalePolicy:
             )
         logp = _log_prob(logits, tokens)
         return logp, torch.ones_like(logp)
+
+    @property
+    def most_redrawn(self) -> int:
+        """The last scale."""
+        return 1
+
+    def redraw(
+        self,
+        trajectory: Trajectory,
+        last: int,
+        *,
+        generators: Sequence[torch.Generator],
+        network: nn.Module | None = None,
+    ) -> Float[Tensor, "b 3 H W"]:
+        """The last scale's tokens, with the gradient of the Gumbel-softmax; `Redrawing.redraw`."""
+        require("last", last, last == 1, "be 1: only the last scale has no tokens after it")
+        self._check_same(trajectory)
+        schedule, quantizer = self.model.schedule, self.tokenizer.quantizer
+        tokens, where = torch.cat(trajectory.actions, dim=1), schedule.slices[-1]
+        space = self.distribution.logp_space
+        logits = self.logits(trajectory.conditions, tokens, self.num_steps, space, network)
+        copies = [generator.clone_state() for generator in generators]
+        draws = ImageDraws(copies, schedule.lengths)
+        scale = self.num_steps - 1
+        noisy = logits[:, where].float() + draws.gumbel(scale, logits[:, where]).to(logits.device)
+        soft = noisy.softmax(dim=-1)
+        hard = torch.zeros_like(soft).scatter(2, noisy.argmax(-1, keepdim=True), 1.0)
+        codes = (hard + soft - soft.detach()) @ quantizer.codebook.weight
+        code_map = codes.transpose(1, 2).unflatten(2, schedule.sides[scale])
+        f_hat = torch.zeros_like(code_map)
+        for done, _ in itertools.islice(quantizer.accumulate(tokens, schedule), scale):
+            f_hat = done
+        f_hat, _ = quantizer.step(f_hat, code_map, scale, schedule)
+        picture = self.tokenizer.decoder(self.tokenizer.post_quant_conv(f_hat))
+        return (picture.float().clamp(-1, 1) + 1) / 2
 
     def reference(self) -> contextlib.AbstractContextManager[nn.Module]:
         """The frozen network to compare with; see `Policy.reference`."""

@@ -29,6 +29,7 @@ from nextscale.align.policies.call_plan import (
     split_arguments,
     unflatten,
 )
+from nextscale.errors import UserError
 
 Denoise = Callable[[DenoiserCall], Tensor]
 Advance = Callable[[Tensor, Tensor], Tensor]
@@ -151,6 +152,32 @@ class PipelineCalls:
         latents = latents * config.get("scaling_factor", 1.0)
         pack = getattr(self.pipe, "_pack_latents", None)
         return latents if pack is None else pack(latents, *latents.shape)
+
+    def pixels(self, latents: Float[Tensor, "b ..."]) -> Float[Tensor, "b 3 H W"]:
+        """Clean latents as pictures in [0, 1], float32, with gradient: the inverse of `latents`.
+
+        The pipeline's own decoding, `decode`, has none.
+
+        Raises:
+            UserError: For latents that the pipeline packs (Flux).
+        """
+        vae = getattr(self.pipe, "vae", None)
+        if vae is None:
+            return (latents.float() / 2 + 0.5).clamp(0, 1)
+        if hasattr(self.pipe, "_unpack_latents"):
+            name = type(self.pipe).__name__
+            raise UserError(f"{name} packs its latents, and there is no decoding with gradient")
+        config = vae.config
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        scaled = latents.float() / config.get("scaling_factor", 1.0)
+        if mean is not None and std is not None:
+            shape = (1, -1, 1, 1)
+            scaled = scaled * latents.new_tensor(std).reshape(shape)
+            scaled = scaled + latents.new_tensor(mean).reshape(shape)
+        else:
+            scaled = scaled + (config.get("shift_factor") or 0.0)
+        decoded = vae.decode(scaled.to(vae.dtype)).sample
+        return (decoded.float() / 2 + 0.5).clamp(0, 1)
 
     # ---- parts -------------------------------------------------------------------------------
 
