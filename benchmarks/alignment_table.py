@@ -14,7 +14,8 @@ and after with equal seeds, drawn as rollouts are: at temperature 1 and without 
 candidates. Runs that are in the results are not run again, nor are those in --output_dir: an
 interrupted series goes on. `--rows` and `--seeds` choose. Writes
 benchmarks/results/alignment_SUITE.json, and the rollouts' rewards against samples drawn as
-docs/images/alignment_SUITE.png (but for `sets`); `table` also prints itself as Markdown.
+docs/images/alignment_SUITE.png (but for `sets`; of `find` what is measured after them); `table`
+also prints itself as Markdown.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from nextscale.data.scenes import render, sample_scene
 from nextscale.pipeline import NextScalePipeline
 
 SAMPLES = 192  # of a rollout, of every method
-ROLLOUTS = (10, 20, 40, 80)  # after which FIND is measured
+ROLLOUTS = (10, 20, 40)  # after which FIND is measured
 EXEMPLARS = 1000  # pictures that the sets suite is to resemble
 HELD_OUT = 250  # captions that it is measured on, of the same list as those that it draws
 KNOWN = 24  # captions that the per-caption start of FIND learns
@@ -240,6 +241,25 @@ def plot(rows: dict[str, Any], path: Path, total: int) -> None:
     figure.savefig(path, dpi=120)
 
 
+def plot_find(rows: dict[str, Any], path: Path) -> None:
+    """Gain and loss of diversity against updates, from the model as it is on, one line per kind."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    panels = figure.subplots(1, 2)
+    shown = {"checker": "captions right", "vendi_within_prompt": "Vendi score within prompt"}
+    for axes, (key, label) in zip(panels, shown.items(), strict=True):
+        for kind in dict.fromkeys(name.partition(",")[0] for name in rows):
+            own = [next(iter(rows[f"{kind}, {n} rollouts"]["runs"].values())) for n in ROLLOUTS]
+            values = [own[0][f"known.txt/{key}/before"]]
+            values += [run[f"known.txt/{key}/after"] for run in own]
+            axes.plot((0, *ROLLOUTS), values, marker="o", label=kind)
+        axes.set(xlabel="updates (rollouts of 192 pictures)", ylabel=label)
+        axes.grid(alpha=0.3)
+    panels[0].legend()
+    figure.savefig(path, dpi=120)
+
+
 def summary(runs: list[dict[str, Any]]) -> dict[str, str]:
     """Mean and standard deviation over seeds."""
     numbers = [k for k, v in runs[0].items() if isinstance(v, int | float)]
@@ -342,12 +362,11 @@ def main() -> None:
             output.write_text(json.dumps(result, indent=1) + "\n")
     if options.suite == "table" and {"base", "GRPO"} <= set(table):
         print(markdown(table))
-    if options.suite == "find":  # the longest of each kind
-        table = {k: v for k, v in table.items() if k.endswith(f" {ROLLOUTS[-1]} rollouts")}
-        total = ROLLOUTS[-1] * SAMPLES
-    if options.suite == "sets":  # whose rows have rewards of their own, on scales of their own
-        return
-    plot(table, Path(options.plot or f"docs/images/alignment_{options.suite}.png"), total)
+    picture = Path(options.plot or f"docs/images/alignment_{options.suite}.png")
+    if options.suite == "find":
+        plot_find(table, picture)
+    elif options.suite != "sets":  # whose rows have rewards of their own, on scales of their own
+        plot(table, picture, total)
 
 
 if __name__ == "__main__":
