@@ -92,6 +92,8 @@ SUITES: dict[str, dict[str, str]] = {
         "GRPO": "--config grpo-diffusion",
         "DPO": "--config dpo-diffusion --max_train_steps 80",
         "RAFT": "--config raft-diffusion --max_train_steps 80",
+        "RAFT, guided": "--config raft-diffusion --raft.score policy --num_iterations 2 "
+        "--max_train_steps 40",
         "FIND": "--config find-diffusion",
         "B2-DiffuRL": "--config b2-diffusion",
         "DRAGON": "--config dragon-diffusion",
