@@ -125,17 +125,11 @@ TOY: dict[str, dict[str, Any]] = {
 }
 
 
-FIRST = ("grpo", "dpo", "raft", "b2", "dragon")  # the others' further seeds are slow tests
+FAR = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1000, 2000))]
 
 
-@pytest.mark.parametrize(
-    ("method", "seed"),
-    [
-        pytest.param(m, seed, marks=[pytest.mark.slow] if seed and m not in FIRST else [])
-        for m in TOY
-        for seed in (0, 1000, 2000)
-    ],
-)
+@pytest.mark.parametrize("seed", FAR)
+@pytest.mark.parametrize("method", TOY)
 def test_a_toy_reward_is_learnt(
     tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch, method: str, seed: int
 ) -> None:
@@ -339,10 +333,16 @@ def test_gradient_checkpointing_changes_nothing_with_drop_path(
     "changes",
     [
         {"train_batch_size": 8},
-        {"grpo": GRPOConfig(credit="vmr", vmr_scale=2), "num_generations": 2},
-        {"method": "dpo", "dpo": DPOConfig(pairs_per_group=2), "train_batch_size": 4},
+        pytest.param(
+            {"grpo": GRPOConfig(credit="vmr", vmr_scale=2), "num_generations": 2},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"method": "dpo", "dpo": DPOConfig(pairs_per_group=2), "train_batch_size": 4},
+            marks=pytest.mark.slow,
+        ),
         {"method": "b2"},
-        {"method": "dragon", "train_batch_size": 4},
+        pytest.param({"method": "dragon", "train_batch_size": 4}, marks=pytest.mark.slow),
     ],
     ids=["grpo", "vmr", "dpo", "b2", "dragon"],
 )
@@ -373,7 +373,7 @@ def test_two_processes_are_one(
     assert other["after"]["value"] == pytest.approx(row["after"]["value"], abs=1e-3)
 
 
-@pytest.mark.parametrize("seed", [0, 1000, 2000])
+@pytest.mark.parametrize("seed", FAR)
 def test_the_gradient_of_a_reward_raises_it(tmp_path: Path, model_folder: Path, seed: int) -> None:
     """R0 through the last scale; and the pull to the start holds it back."""
     changes: dict[str, Any] = {

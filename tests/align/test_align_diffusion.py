@@ -201,7 +201,9 @@ def grey_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("seed", [0, 1000, 2000])
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in (1000, 2000))]
+)
 @pytest.mark.parametrize("method", ["grpo", "dpo", "diffusion_nft"])
 def test_every_method_raises_the_reward_of_a_pipeline(
     tmp_path: Path, grey_folder: Path, monkeypatch: pytest.MonkeyPatch, method: str, seed: int

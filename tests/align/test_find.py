@@ -397,8 +397,15 @@ def log(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("space", ["prefix_table", "embedding"])
-@pytest.mark.parametrize("amortised", [True, False])
+@pytest.mark.parametrize(
+    ("space", "amortised"),
+    [
+        ("prefix_table", True),
+        ("embedding", False),
+        pytest.param("prefix_table", False, marks=pytest.mark.slow),
+        pytest.param("embedding", True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_reward_of_the_start_is_learnt_and_the_generator_stays(
     tmp_path: Path, model_folder: Path, space: Any, amortised: bool
 ) -> None:

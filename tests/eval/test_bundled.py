@@ -34,7 +34,12 @@ def clean(
     return measure(scenes[COUNT:])
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+QUICK = ("blur", "colour shift")  # the others draw or render more
+
+
+@pytest.mark.parametrize(
+    "fault", [pytest.param(f, marks=[] if f in QUICK else [pytest.mark.slow]) for f in FAULTS]
+)
 def test_fd_scenes_grows_with_the_fault(
     measure: Callable[[np.ndarray], tuple[float, float]],
     clean: tuple[float, float],
