@@ -34,7 +34,7 @@ def clean(
     return measure(scenes[COUNT:])
 
 
-QUICK = ("blur", "colour shift")  # the others draw or render more
+QUICK = ("blur", "colour shift")  # the others are slow tests, for a short default suite
 
 
 @pytest.mark.parametrize(
