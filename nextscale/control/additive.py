@@ -121,9 +121,17 @@ class _Additions(ControlState):
 
 
 def bias_free_mlp(width: int, hidden: int, out: int) -> nn.Sequential:
-    """Linear, tanh-GELU, Linear; zero stays zero."""
-    return nn.Sequential(
+    """Linear, tanh-GELU, Linear; zero stays zero.
+
+    Features keep their size at initialisation: with torch's own, five layers in a row would shrink
+    them a hundredfold, and what is added to the stream would take thousands of steps to count.
+    """
+    mlp = nn.Sequential(
         nn.Linear(width, hidden, bias=False),
         nn.GELU(approximate="tanh"),
         nn.Linear(hidden, out, bias=False),
     )
+    for layer, gain in ((mlp[0], 1.0), (mlp[2], 2**0.5)):  # GELU about halves the squares
+        assert isinstance(layer, nn.Linear)
+        nn.init.normal_(layer.weight, std=gain / layer.in_features**0.5)
+    return mlp
