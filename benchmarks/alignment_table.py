@@ -91,7 +91,7 @@ SUITES: dict[str, dict[str, str]] = {
     "diffusion": {
         "GRPO": "--config grpo-diffusion",
         "DPO": "--config dpo-diffusion --max_train_steps 80",
-        "RAFT": "--config raft-diffusion --max_train_steps 80",
+        "RAFT": "--config raft-diffusion --raft.score pair --num_iterations 4 --max_train_steps 80",
         "RAFT, guided": "--config raft-diffusion --raft.score policy --num_iterations 2 "
         "--max_train_steps 40",
         "FIND": "--config find-diffusion",
