@@ -396,6 +396,11 @@ def test_r0_needs_rewards_with_a_gradient(tmp_path: Path, model_folder: Path) ->
     changes = {"method": "r0", "reward_funcs": ("jpeg_compressibility",)}
     with pytest.raises(UserError, match='"jpeg_compressibility" has none'):
         align(settings(tmp_path, model_folder, **changes), progress=False)
+    changes = {"method": "r0", "reward_funcs": ("brightness", "color:red")}
+    with pytest.raises(UserError, match="reward_mode majority has no gradient"):
+        align(settings(tmp_path, model_folder, reward_mode="majority", **changes), progress=False)
+    align(settings(tmp_path / "min", model_folder, reward_mode="min", **changes), progress=False)
+    assert all(line["grad_norm"] > 0 for line in log(tmp_path / "min"))
     with pytest.raises(UserError, match="be at most 1 for this model"):
         align(settings(tmp_path, model_folder, method="r0", r0=R0Config(last_steps=2)))
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nextscale.align.experience import Experience, Rollout, sample_streams
 from nextscale.align.methods.method import Loss
+from nextscale.align.rewards import combine
 from nextscale.align.rewards.reward import CheckedReward
 from nextscale.align.trajectory import Policy, Redrawing
 from nextscale.errors import UserError, require
@@ -75,7 +76,7 @@ class R0:
         """All samples.
 
         Raises:
-            UserError: If a reward has no gradient, or the mode is not their sum.
+            UserError: If a reward has no gradient, or what is made of several.
         """
         for weight, reward in zip(rollout.weights, rollout.scored_by, strict=True):
             if weight and not (isinstance(reward, CheckedReward) and reward.differentiable):
@@ -83,8 +84,8 @@ class R0:
                     f'method r0 needs rewards with a gradient, and "{reward.name}" has none; '
                     "brightness, color and classifier do, and as_reward(..., differentiable=True)"
                 )
-        if rollout.mode != "sum":
-            raise UserError(f"reward_mode {rollout.mode}: R0 takes the weighted sum")
+        if rollout.mode == "majority":
+            raise UserError("reward_mode majority has no gradient: method r0 takes sum or min")
         items = torch.arange(len(rollout.total), device=rollout.total.device)[:, None]
         return Experience(rollout, items, torch.ones_like(rollout.total))
 
@@ -103,11 +104,11 @@ class R0:
             network=network,
         )
         texts, metadata = [p.condition for p in chosen], [p.metadata for p in chosen]
-        total = pictures.new_zeros(len(rows))
-        for weight, reward in zip(rollout.weights, rollout.scored_by, strict=True):
-            if weight:
-                assert isinstance(reward, CheckedReward)
-                total = total + weight * reward(pictures, texts, metadata).values
+        counted = [(w, r) for w, r in zip(rollout.weights, rollout.scored_by, strict=True) if w]
+        columns = [
+            r(pictures, texts, metadata).values for _, r in counted if isinstance(r, CheckedReward)
+        ]
+        total = combine(torch.stack(columns, dim=1), [w for w, _ in counted], rollout.mode)
         known = ~total.isnan()
         loss = -total.where(known, 0.0).sum() / len(rows)
         if self.began:
