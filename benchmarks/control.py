@@ -129,6 +129,7 @@ def read(folder: Path, kind: str) -> dict[str, Any]:
         **{side: value["value"] for side, value in found.items()},
         "control_se": entry["control"]["se"],
         "gap_closed": entry["gap_closed"],
+        "gap_closed_reconstruction": entry["gap_closed_reconstruction"],
         "quality": {"floor": record["floor"], "control": entry["quality"]},
         "minutes": logged[-1]["seconds"] / 60,
         "images": images,

@@ -16,6 +16,7 @@ from nextscale.align.methods.nft import NFTConfig
 from nextscale.align.methods.r0 import R0Config
 from nextscale.align.methods.raft import RAFTConfig
 from nextscale.align.methods.reg_grpo import RegGRPOConfig
+from nextscale.align.methods.seppo import SePPOConfig
 from nextscale.align.methods.sibling import SiblingConfig
 from nextscale.align.rewards.composition import MODES
 from nextscale.errors import UserError, require
@@ -23,7 +24,7 @@ from nextscale.training import TrainingConfig
 
 METHOD_NAMES = (
     *("grpo", "dpo", "raft", "b2", "dragon", "find"),
-    *("fdpg", "reg_grpo", "nft", "diffusion_nft", "d2o", "sibling", "r0"),
+    *("fdpg", "reg_grpo", "nft", "diffusion_nft", "d2o", "sibling", "r0", "seppo"),
 )
 
 
@@ -53,18 +54,19 @@ class AlignConfig(TrainingConfig):
     """Settings of `nextscale align`; `train_batch_size` counts examples (samples, or pairs)."""
 
     method: str = "grpo"
-    """grpo, dpo, raft, b2, dragon, find, fdpg, reg_grpo, nft, diffusion_nft, d2o, sibling or r0;
-    its settings are in the section of its name."""
+    """grpo, dpo, raft, b2, dragon, find, fdpg, reg_grpo, nft, diffusion_nft, d2o, sibling, r0 or
+    seppo; its settings are in the section of its name."""
     model: str = "scenes"
     """A next-scale model (bundled name, folder, hub id) or a diffusers pipeline (folder or id)."""
     control: str | None = None
-    """Tune this control instead of the model: one of the model's by name, or a folder of `train
-    control`. Its maps are made of the pictures of `prompts`, which are of images:DATASET."""
+    """Tune this control instead of the model: one of the model's by name, a folder of `train
+    control`, or new:TYPE, an untrained one. Its maps are made of the pictures of `prompts`, which
+    are of images:DATASET."""
     prompts: tuple[str, ...] = ()
     """What is drawn: scenes:standard, scenes:hard, classes, captions:DATASET[@SPLIT],
-    images:DATASET[@SPLIT] (for control), or .txt and .jsonl files, in turns. Empty: those of
-    `pairs`; for control images:scenes, for class-conditional models classes, else
-    scenes:standard."""
+    images:DATASET[@SPLIT] (for control), examples:DATASET[@SPLIT] (with pictures, for seppo), or
+    .txt and .jsonl files, in turns. Empty: those of `pairs`; for control images:scenes, for seppo
+    examples:scenes, for class-conditional models classes, else scenes:standard."""
     pairs: str | None = None
     """DPO on given pairs instead of rollouts: a .jsonl of {"prompt" or "class_label", "chosen",
     "rejected"}, the last two paths of pictures, relative to the file."""
@@ -170,6 +172,8 @@ class AlignConfig(TrainingConfig):
     """Settings of R0."""
     sibling: SiblingConfig = field(default_factory=SiblingConfig)
     """Settings of Sibling-GRPO."""
+    seppo: SePPOConfig = field(default_factory=SePPOConfig)
+    """Settings of SePPO."""
 
     eval_prompts: tuple[str, ...] = ()
     """What the report draws before and after, with equal seeds. Empty: benchmark:standard for

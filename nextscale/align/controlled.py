@@ -16,12 +16,24 @@ from nextscale.align.models import NextScaleModel
 from nextscale.align.policies.next_scale import NextScalePolicy
 from nextscale.align.prompts import Condition, Controlled, map_cache
 from nextscale.align.trajectory import Policy
-from nextscale.control import Control, ControlHooks, ControlModule, attach
+from nextscale.control import (
+    AdditiveConfig,
+    Control,
+    ControlHooks,
+    ControlModule,
+    ControlRecord,
+    attach,
+    build_control,
+    open_extractor,
+)
 from nextscale.control.train import ControlledTransformer
 from nextscale.data.images import to_uint8
 from nextscale.errors import UserError
 from nextscale.pipeline import NextScalePipeline
+from nextscale.streams import stream
 from nextscale.var.lora import base_fingerprint
+
+_NEW = "new:"
 
 
 class ControlledPolicy(NextScalePolicy):
@@ -95,8 +107,13 @@ class ControlledModel(NextScaleModel):
         super().__init__(config, device)
         assert config.control is not None
         self.pipe.transformer.requires_grad_(False)
-        known = config.control in self.pipe.controls
-        self.name = config.control if known else self.pipe.load_control(config.control)
+        kind = config.control.removeprefix(_NEW)
+        if kind != config.control:
+            self.name = kind.partition(":")[0]
+            self.pipe.add_control(_untrained(self.pipe, kind, config.seed), self.name)
+        else:
+            known = config.control in self.pipe.controls
+            self.name = config.control if known else self.pipe.load_control(config.control)
         module = self.pipe.control(self.name).requires_grad_(True)
         policy = ControlledPolicy(self.pipe, module, **self.options)
         self.policy: Policy = policy
@@ -141,6 +158,27 @@ class ControlledModel(NextScaleModel):
         """The module alone; see `AlignModel`."""
         trained: Any = network
         trained.control.save_pretrained(folder)
+
+
+def _untrained(pipe: NextScalePipeline, kind: str, seed: int) -> ControlModule:
+    """Additive control of a type that the model does not have; it adds nothing yet.
+
+    A new condition by reward and KL alone, without a picture of the condition and a prompt at once,
+    is CTRL (arXiv 2406.12120): the KL of `grpo.beta` is to the base, which the module begins as,
+    and the reward is the log-probability of the condition by whoever reads it back.
+    """
+    extractor = open_extractor(kind)
+    record = ControlRecord(
+        type=extractor.type,
+        resolution=pipe.tokenizer.resolution,
+        base_fingerprint=base_fingerprint(pipe.transformer),
+        extractor=extractor.record(),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(stream(seed).initial_seed())
+        base = pipe.transformer.config
+        module = build_control(AdditiveConfig(num_sites=min(3, base.depth)), base, record)
+    return module.to(pipe.device)
 
 
 def checked(conditions: Sequence[Any]) -> list[Controlled]:

@@ -22,8 +22,8 @@ _NUM_PICTURES = 2_000  # of each dataset whose pictures are control
 
 
 @dataclass(frozen=True)
-class ControlPicture:
-    """A picture of a dataset, whose control map pictures are to follow.
+class DatasetPicture:
+    """A picture of a dataset that comes with a prompt.
 
     Attributes:
         dataset: As `--dataset` takes it.
@@ -43,11 +43,11 @@ class ControlPicture:
 
 def map_cache(
     extractor: Callable[[np.ndarray], np.ndarray],
-) -> Callable[[ControlPicture, int], np.ndarray]:
+) -> Callable[[DatasetPicture, int], np.ndarray]:
     """A function (picture, resolution) -> its control map float [3, H, W], the last ones kept."""
 
     @lru_cache(_MAPS_KEPT)
-    def map_of(picture: ControlPicture, resolution: int) -> np.ndarray:
+    def map_of(picture: DatasetPicture, resolution: int) -> np.ndarray:
         return extractor(picture.load(resolution)[None])[0]
 
     return map_of
@@ -57,7 +57,7 @@ class Controlled(NamedTuple):
     """What a model under control is asked for."""
 
     condition: str | int
-    picture: ControlPicture
+    picture: DatasetPicture
 
 
 Condition = str | int | Controlled
@@ -69,8 +69,8 @@ class Prompt:
 
     Attributes:
         condition: A text, or a class number.
-        metadata: What a reward may want to know besides, from a .jsonl file; under
-            "control_picture" a `ControlPicture`.
+        metadata: What a reward may want to know besides, from a .jsonl file; a `DatasetPicture`
+            under "control_picture" (its control map is to be followed) or "picture" (an example).
         source: The source that it comes from, as `--prompts` names it.
     """
 
@@ -95,8 +95,9 @@ def open_prompts(
             are in no benchmark); benchmark:NAME (a benchmark itself, to measure); classes (all
             classes of the model); captions:DATASET or captions:DATASET@SPLIT (captions or labels of
             a dataset, as often as it has them); images:DATASET (the same with its pictures, for
-            control); a .txt file, one prompt per line; a .jsonl file
-            of objects with "prompt" or "class_label", the other keys are metadata.
+            control); examples:DATASET (the same with its pictures, for methods that learn from
+            them); a .txt file, one prompt per line; a .jsonl file of objects with "prompt" or
+            "class_label", the other keys are metadata.
         num_classes: Classes of the model; None: it takes prompts.
         what: The setting, for messages.
 
@@ -159,13 +160,14 @@ def _open(name: str, num_classes: int | None, what: str) -> list[Prompt]:
         if num_classes is None:
             raise UserError(f"{what} classes needs a class-conditional model; this takes prompts")
         return [Prompt(label, {}) for label in range(num_classes)]
-    if kind in ("captions", "images"):
+    if kind in ("captions", "images", "examples"):
         return _dataset(kind, argument, by_class=num_classes is not None)
     path = Path(name)
     if path.suffix not in (".txt", ".jsonl") or not path.is_file():
         raise UserError(
             f'{what} "{name}" is no source: use scenes:standard, scenes:hard, benchmark:NAME, '
-            "classes, captions:DATASET, images:DATASET, or a .txt or .jsonl file that exists"
+            "classes, captions:DATASET, images:DATASET, examples:DATASET, or a .txt or .jsonl file "
+            "that exists"
         )
     numbered = enumerate(storage.read_lines(path), 1)
     lines = [(number, line) for number, line in numbered if line.strip()]
@@ -184,7 +186,7 @@ def _source(dataset: str, split: str, resolution: int) -> Any:
 
 
 def _dataset(kind: str, argument: str, *, by_class: bool) -> list[Prompt]:
-    """Captions, or labels, of a dataset; of images: with its pictures."""
+    """Captions, or labels, of a dataset; of images: and examples: with its pictures."""
     dataset, _, split = argument.partition("@")
     split = split or "train"
     if split not in ("train", "validation", "all"):
@@ -200,8 +202,9 @@ def _dataset(kind: str, argument: str, *, by_class: bool) -> list[Prompt]:
         raise UserError(f"{kind}:{argument}: the dataset has no {missing}")
     if kind == "captions":
         return [Prompt(condition, {}) for condition in found]
-    pictures = (ControlPicture(dataset, split, int(row)) for row in rows)
-    return [Prompt(c, {"control_picture": p}) for c, p in zip(found, pictures, strict=True)]
+    pictures = (DatasetPicture(dataset, split, int(row)) for row in rows)
+    key = "control_picture" if kind == "images" else "picture"
+    return [Prompt(c, {key: p}) for c, p in zip(found, pictures, strict=True)]
 
 
 def _parse(line: str, where: str) -> Prompt:

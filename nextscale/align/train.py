@@ -210,6 +210,7 @@ def _add_to_card(config: AlignConfig, report: Report | None) -> None:
 def _with_prompts(config: AlignConfig, model: AlignModel) -> AlignConfig:
     """What is drawn if nothing is said."""
     usual = "scenes:standard" if model.num_classes is None else "classes"
+    usual = "examples:scenes" if config.method == "seppo" else usual
     prompts = config.prompts or (config.pairs or usual,)
     if config.control is not None:
         prompts = config.prompts or ("images:scenes",)

@@ -49,8 +49,9 @@ def control_record(
 
     Returns:
         By control: the metric of floor (no control), control, reconstruction (what the tokenizer
-        makes of the real picture), real; the share of the gap closed; and prompt accuracy and
-        fd_scenes of floor and control.
+        makes of the real picture, the best that tokens can say), real; the shares of the gaps from
+        floor to real and to reconstruction that are closed; and prompt accuracy and fd_scenes of
+        floor and control.
     """
     from nextscale.control.conditions import colour_labels
     from nextscale.eval.controllability import control_score
@@ -82,11 +83,11 @@ def control_record(
             name: control_score(trained_for.type, maps, extractor(own), colour_labels)
             for name, own in pictures.items()
         }
-        low, high = scores["floor"].value, scores["real"].value
-        closed = (scores["control"].value - low) / (high - low) if high != low else None
+        floor_value, value = scores["floor"].value, scores["control"].value
         record["controls"][kind] = {
             **{name: asdict(score) for name, score in scores.items()},
-            "gap_closed": closed,
+            "gap_closed": _share(value, floor_value, scores["real"].value),
+            "gap_closed_reconstruction": _share(value, floor_value, scores["reconstruction"].value),
             "quality": quality(controlled),
             "extractor": trained_for.extractor,
         }
@@ -109,15 +110,20 @@ def print_record(record: dict[str, Any], output: Output) -> None:
     rows = []
     for kind, entry in record["controls"].items():
         shown = [_with_error(entry[name]) for name in names]
-        closed = "" if entry["gap_closed"] is None else f"{entry['gap_closed']:.0%}"
-        rows.append((kind, entry["control"]["metric"], *shown, closed))
-    table(("control", "metric", *names, "gap closed"), rows)
+        closed = [entry["gap_closed"], entry["gap_closed_reconstruction"]]
+        shares = ["" if share is None else f"{share:.0%}" for share in closed]
+        rows.append((kind, entry["control"]["metric"], *shown, *shares))
+    table(("control", "metric", *names, "gap to real closed", "to reconstruction"), rows)
     keys = list(record["floor"])
     rows = [("none", *(number(record["floor"][key]) for key in keys))]
     for kind, entry in record["controls"].items():
         rows.append((kind, *(number(entry["quality"][key]) for key in keys)))
     if keys:
         table(("control", *keys), rows)
+
+
+def _share(value: float, low: float, high: float) -> float | None:
+    return (value - low) / (high - low) if high != low else None
 
 
 def _with_error(score: dict[str, Any]) -> str:

@@ -28,10 +28,11 @@ from nextscale.align.methods.raft import RAFT, RAFTConfig
 from nextscale.align.methods.sibling import SiblingConfig
 from nextscale.align.pairs import read_pairs
 from nextscale.align.policies.next_scale import NextScalePolicy
-from nextscale.align.prompts import Prompt, draw_prompts, open_prompts
+from nextscale.align.prompts import DatasetPicture, Prompt, draw_prompts, open_prompts
 from nextscale.align.references import Given
 from nextscale.align.rewards import as_reward
 from nextscale.align.tables import compare
+from nextscale.align.trajectory import Trajectory
 from nextscale.align.watcher import hold_out
 from nextscale.cli import main
 from nextscale.data.captions import parse
@@ -95,6 +96,13 @@ def count_of_first_code(policy: NextScalePolicy, trajectory: Any) -> Tensor:
     return (tokens == 0).float().mean(1)[:, None, None, None].expand(-1, 3, 1, 1)
 
 
+def all_first_code(policy: NextScalePolicy, images: Tensor, conditions: Tensor) -> Trajectory:
+    """In the place of what a tokenizer makes of pictures."""
+    streams = [torch.Generator().manual_seed(i) for i in range(len(images))]
+    drawn = policy.sample(conditions, generators=streams)
+    return replace(drawn, actions=[torch.zeros_like(part) for part in drawn.actions])
+
+
 def brightness(images: Tensor, prompts: Sequence[int]) -> Tensor:
     return images.mean((1, 2, 3))
 
@@ -117,6 +125,7 @@ TOY: dict[str, dict[str, Any]] = {
     "nft": {"nft": NFTConfig(threshold=0.1), **LARGE},
     "fdpg": {"fdpg": FDPGConfig(reward_temperature=0.004), "learning_rate": 5e-3, **LARGE},
     "d2o": {"d2o": D2OConfig(alpha=1.0)},
+    "seppo": {"train_batch_size": 16},
     "sibling": {
         "sibling": SiblingConfig(steps=(1, 3)),
         "num_generations": 2,
@@ -147,12 +156,23 @@ def test_a_toy_reward_is_learnt(
         seed=seed,
         **given,
     )
+    if method == "seppo":  # whose given pictures are code 0 everywhere
+        labels = [Prompt(k, {"picture": DatasetPicture("scenes", "train", k)}) for k in range(3)]
+        monkeypatch.setattr("nextscale.align.train.open_prompts", lambda *_, **__: labels)
+        monkeypatch.setattr(NextScalePolicy, "trajectory_of", all_first_code)
     align(config, rewards={"zeros": brightness}, progress=False)
     # NFT asks for right samples, of which every one with a reward over its threshold is as good.
     aim = "samples/right" if method == "nft" else "rewards/zeros/mean"
     reached = [line[aim] for line in log(tmp_path)]
     assert reached[0] < 0.4
     assert reached[-1] > 0.9
+
+
+def test_seppo_needs_pictures(tmp_path: Path, model_folder: Path) -> None:
+    config = settings(tmp_path, model_folder, method="seppo")
+    with pytest.raises(UserError, match=r"has none: use prompts such as examples:scenes"):
+        align(config, progress=False)
+    assert not (tmp_path / "model").exists()
 
 
 def test_a_run_whose_reward_did_not_rise_leaves_the_model_as_it_was(

@@ -69,11 +69,15 @@ def log(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("method", ["grpo", "dpo", "raft", "b2", "dragon", "diffusion_nft", "r0"])
+@pytest.mark.parametrize(
+    "method", ["grpo", "dpo", "raft", "b2", "dragon", "diffusion_nft", "r0", "seppo"]
+)
 def test_every_method_trains_a_pipeline_that_diffusers_opens(
     tmp_path: Path, pipeline_folder: Path, method: str
 ) -> None:
-    small = {"train_batch_size": 1} if method in ("dpo", "raft", "dragon") else {}
+    small: dict[str, Any] = {"train_batch_size": 1} if method in ("dpo", "raft", "dragon") else {}
+    if method == "seppo":
+        small = {"prompts": ("examples:scenes",)}
     branches = B2Config(advantage="branch")
     config = settings(tmp_path / "run", pipeline_folder, method=method, b2=branches, **small)
     align(config, progress=False)

@@ -14,8 +14,9 @@ import torch
 
 from nextscale.align import AlignConfig, align
 from nextscale.align.controlled import ControlledPolicy
+from nextscale.align.methods.grpo_config import GRPOConfig
 from nextscale.align.policies.next_scale import NextScalePolicy
-from nextscale.align.prompts import ControlPicture, Prompt, open_prompts
+from nextscale.align.prompts import DatasetPicture, Prompt, open_prompts
 from nextscale.align.rewards import open_reward
 from nextscale.align.rewards.reward import CheckedReward
 from nextscale.control import AdapterConfig, AdditiveConfig, ControlRecord, build_control
@@ -36,7 +37,7 @@ SIZES = {
 }
 GUIDED = SamplingConfig(guidance_scale=2.0, temperature=1.2)
 PROMPTS = [
-    Prompt(label, {"control_picture": ControlPicture("scenes", "validation", label)})
+    Prompt(label, {"control_picture": DatasetPicture("scenes", "validation", label)})
     for label in range(4)
 ]
 
@@ -119,7 +120,7 @@ def test_gradients_reach_the_module_alone(policy: ControlledPolicy) -> None:
 def test_prompts_of_a_dataset_bring_their_pictures() -> None:
     prompts = open_prompts(["images:scenes@validation"])
     picture = prompts[3].metadata["control_picture"]
-    assert picture == ControlPicture("scenes", "validation", 3)
+    assert picture == DatasetPicture("scenes", "validation", 3)
     assert picture.load(32).shape == (32, 32, 3)
     assert isinstance(prompts[3].condition, str)
     assert prompts[3].asked != prompts[4].asked
@@ -154,6 +155,44 @@ def test_consistency_needs_pictures() -> None:
         scored("lowres", images, [{}, {}])
     with pytest.raises(UserError, match=r"there is no control type \"edges\""):
         open_reward("control_consistency:edges")
+
+
+def test_a_new_condition_is_learnt_by_reward(
+    tmp_path: Path, control_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CTRL: pictures come to show what their map says, which the model was never told."""
+
+    def share_of_first_codes(policy: NextScalePolicy, trajectory: Any) -> torch.Tensor:
+        tokens = torch.cat(trajectory.actions, dim=1)
+        low = (tokens < policy.model.config.codebook_size // 2).float().mean(1)
+        return low[:, None, None, None].expand(-1, 3, 32, 32)
+
+    def says(condition: Mapping[str, Any]) -> bool:
+        return condition["control_picture"].index % 2 == 1
+
+    def follows(images: torch.Tensor, prompts: Any, metadata: Any) -> torch.Tensor:
+        wanted = torch.tensor([says(entry) for entry in metadata], dtype=torch.float32)
+        return 1 - (images.mean((1, 2, 3)) - wanted).abs()
+
+    def two_maps(picture: DatasetPicture, side: int) -> np.ndarray:
+        return np.full((3, side, side), float(picture.index % 2), np.float32)
+
+    monkeypatch.setattr("nextscale.align.train.open_prompts", lambda *_, **__: PROMPTS)
+    monkeypatch.setattr("nextscale.align.controlled.map_cache", lambda _: two_maps)
+    monkeypatch.setattr(NextScalePolicy, "decode", share_of_first_codes)
+    config = settings(
+        tmp_path / "run", control_base, control="new:lowres", reward_funcs=(), num_generations=8,
+        train_batch_size=32, gradient_accumulation_steps=1, max_train_steps=40, learning_rate=1e-2,
+        num_eval_prompts=0, num_validation_prompts=0, guidance_scale=1.0, logging_steps=1,
+        grpo=GRPOConfig(beta=0.01),
+    )  # fmt: skip
+    align(config, rewards={"follows": follows}, progress=False)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    reached = [line["rewards/follows/mean"] for line in lines]
+    assert reached[0] < 0.6
+    assert reached[-1] > 0.8
+    module = NextScalePipeline.from_pretrained(control_base)
+    assert module.load_control(tmp_path / "run" / "model") == "lowres"
 
 
 def settings(folder: Path, model: Path, **changes: Any) -> AlignConfig:

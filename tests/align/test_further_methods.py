@@ -21,7 +21,14 @@ from nextscale.align.methods.grpo_config import GRPOConfig
 from nextscale.align.methods.nft import NFT, NFTConfig
 from nextscale.align.methods.reg_grpo import RegGRPO, RegGRPOConfig
 from nextscale.align.methods.sibling import Sibling, SiblingConfig
-from nextscale.align.objectives import diffusion_nft_loss, grpo_loss, nft_loss, reg_grpo_loss
+from nextscale.align.objectives import (
+    diffusion_nft_loss,
+    dpo_loss,
+    grpo_loss,
+    nft_loss,
+    reg_grpo_loss,
+    seppo_loss,
+)
 from nextscale.errors import UserError
 
 MISC = json.loads((Path(__file__).parents[1] / "golden" / "align" / "misc.json").read_text())
@@ -123,6 +130,31 @@ def test_reg_grpo() -> None:
     assert at_once.grad is not None
     centred = advantages - advantages.mean()
     close(at_once.grad, (-2 / 0.5 * centred / 4).tolist())
+
+
+def test_seppo() -> None:
+    """Logistic in the difference of log-ratios, by hand; a liked sample counts as a given one."""
+    given, drawn = double([0.0, 0.5, 0.5]), double([0.0, -1.0, 2.0])
+    loss, sign = seppo_loss(given, drawn, beta=0.5)
+    assert sign.tolist() == [1, 1, -1]
+    close(loss, [math.log1p(math.exp(-x / 2)) for x in (0.0, 1.5, 2.5)])
+    loss, sign = seppo_loss(given, drawn, beta=0.5, flip=False)
+    assert sign.tolist() == [1, 1, 1]
+    close(loss[2], math.log1p(math.exp(0.75)))
+
+
+def test_seppo_is_dpo_on_its_first_step() -> None:
+    given, drawn = noise(5, seed=1), noise(5, seed=2)
+    grads = []
+    for by_seppo in (True, False):
+        x, y = given.clone().requires_grad_(), drawn.clone().requires_grad_()
+        if by_seppo:
+            seppo_loss(x - given, y - drawn, beta=0.3)[0].mean().backward()
+        else:
+            sides = (part[:, None] for part in (x, y, given, drawn))
+            dpo_loss(*sides, beta=0.3).backward()
+        grads.append(torch.stack([x.grad, y.grad]))  # pyright: ignore
+    close(grads[0], grads[1].tolist())
 
 
 # ---- losses in the place of the clip -------------------------------------------------------------

@@ -257,6 +257,9 @@ def test_the_control_preset(run, controlled, tmp_path) -> None:
         low, high = entry["floor"]["value"], entry["real"]["value"]
         gap = (entry["control"]["value"] - low) / (high - low)
         assert entry["gap_closed"] == pytest.approx(gap)
+        most = entry["reconstruction"]["value"]
+        share = (entry["control"]["value"] - low) / (most - low)
+        assert entry["gap_closed_reconstruction"] == pytest.approx(share)
         assert 0 <= entry["quality"]["prompt_accuracy"] <= 1
     assert (tmp_path / "plots" / "controls.png").is_file()
     table = run(*words, "--control_type", "canny")

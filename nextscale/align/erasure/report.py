@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +11,9 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
 from nextscale import storage
-from nextscale.align.erasure.attacks import (
-    Outcome,
-    Target,
-    own_prompts,
-    paraphrases,
-    prefix_probe,
-    relearning,
-    sampling_sweep,
-    soft_prompt,
-    soft_sizes,
-    token_attack,
-)
+from nextscale.align.erasure.attacks import Outcome, Target, attack
 from nextscale.align.erasure.config import EraseConfig
 from nextscale.align.erasure.data import draw
 from nextscale.align.erasure.held_out import Asked, HeldOut, checked
@@ -47,7 +35,6 @@ _SEED = 2_000_000_000  # of the report's first picture, apart from those of trai
 _TRUE_PICTURES = 2000
 _SHOWN = 8
 _SAMPLE = 50  # pictures of each concept for a person to judge
-_SWEEP_PROMPTS = 10  # of the sampling sweep, which has 12 settings of 10 seeds
 _SHARE = (0.0, 1.0)
 
 
@@ -230,22 +217,10 @@ class EraseReport:
     ) -> list[Outcome]:
         tokens = self.before[name][1][:: self.config.num_eval_images]
         target = Target(edited, pairs, next(iter(self.recognisers.values())), tokens, _SEED)
-        few = replace(target, pairs=pairs[:_SWEEP_PROMPTS], tokens=tokens[:_SWEEP_PROMPTS])
-        plans: list[Callable[[], Any]] = [
-            lambda: list(paraphrases(target)),
-            lambda: list(sampling_sweep(few)),
-            lambda: list(prefix_probe(target)),
-            *(lambda n=n: [soft_prompt(target, n)] for n in soft_sizes(target)),
-            lambda: list(token_attack(target)),
-            lambda: [relearning(target)],
-        ]
+        prompts: list[str] = []
         if self.config.attack_prompts is not None:
             prompts = [str(p.condition) for p in open_prompts([self.config.attack_prompts])]
-            plans.append(lambda: [own_prompts(target, prompts)])
-        found: list[Outcome] = []
-        for plan in tqdm(plans, f"attacks on {name}", unit="attack", disable=not self.progress):
-            found += plan()
-        return found
+        return attack(target, prompts, progress=self.progress)
 
     def _grids(self, after: Mapping[str, tuple[Tensor, Tensor]], folder: Path) -> None:
         """Two rows for each set, before and after; and for each concept a sheet to judge by eye."""

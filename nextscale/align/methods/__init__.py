@@ -15,6 +15,7 @@ from nextscale.align.methods.nft import NFT
 from nextscale.align.methods.r0 import R0
 from nextscale.align.methods.raft import RAFT
 from nextscale.align.methods.reg_grpo import RegGRPO
+from nextscale.align.methods.seppo import SePPO
 from nextscale.align.methods.sibling import Sibling
 
 METHODS: dict[str, type[Method]] = {
@@ -31,6 +32,7 @@ METHODS: dict[str, type[Method]] = {
     "d2o": D2O,
     "r0": R0,
     "sibling": Sibling,
+    "seppo": SePPO,
 }
 
 __all__ = [
@@ -48,5 +50,6 @@ __all__ = [
     "DiffusionNFT",
     "Method",
     "RegGRPO",
+    "SePPO",
     "Sibling",
 ]

@@ -6,6 +6,7 @@ from nextscale.align.objectives.grpo import grpo_loss, grpo_metrics
 from nextscale.align.objectives.kto import kto_loss
 from nextscale.align.objectives.nft import diffusion_nft_loss, nft_loss
 from nextscale.align.objectives.regression import reg_grpo_loss
+from nextscale.align.objectives.seppo import seppo_loss
 
 __all__ = [
     "d2o_loss",
@@ -17,4 +18,5 @@ __all__ = [
     "kto_loss",
     "nft_loss",
     "reg_grpo_loss",
+    "seppo_loss",
 ]

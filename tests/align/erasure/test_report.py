@@ -160,7 +160,7 @@ def test_the_report_names_attacks_with_their_counts(
         world, tmp_path / "run", method="class_swap", attacks=True, num_eval_prompts=4
     )
     monkeypatch.setattr(
-        "nextscale.align.erasure.report.sampling_sweep", lambda t: sampling_sweep(t, rounds=1)
+        "nextscale.align.erasure.attacks.sampling_sweep", lambda t: sampling_sweep(t, rounds=1)
     )
     result = train.erase(settings, progress=False)
     assert result.report is not None

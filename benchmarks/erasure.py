@@ -1,0 +1,170 @@
+"""Concepts out of the bundled model, by every method: what is gone, what stays, at what cost?
+
+    python benchmarks/erasure.py --suite methods
+
+Suites: `methods` takes a colour, a shape, a bound pair, a relation and a fill out by EAR and by
+each baseline; `windows` and `gate` change EAR's window length and its gate; `scales` trains the
+first scales alone.
+
+Each run is the recipe erase-scenes with --steps steps, in a process of its own, then its report
+without attacks (`benchmarks/erasure_attacks.py` has those). Runs in the results are not run again,
+nor those in --output_dir; `--rows`, `--concepts` and `--seeds` choose. Writes
+benchmarks/results/erasure_SUITE.json; `methods` also prints itself as Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from sampling import _cpu_name
+
+from nextscale import storage
+
+CONCEPTS = ("red", "circle", "red circle", "left of", "striped")
+SUITES: dict[str, dict[str, str]] = {
+    "methods": {
+        "EAR": "",
+        "S-VARE": "--method svare",
+        "SACE": "--method sace",
+        "D2O": "--method d2o",
+        "UCE": "--method uce",
+    },
+    "windows": {
+        "one window": "--mode joint",
+        "windows of 25 to 64": "",
+        "a window per scale": "--window_smallest 1 --window_largest none",
+        "windows of 1 to 16": "--window_smallest 1 --window_largest 16",
+    },
+    "gate": {f"gate {q}": f"--gate_quantile {q}" for q in (0.0, 0.1, 0.3, 0.6)},
+    "scales": {f"scales 1 to {j}": f"--train_scales {j}" for j in range(1, 7)},
+}
+
+
+def run(command: list[str], log: Path) -> None:
+    """A command; its output goes to a file."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as file:
+        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
+    if status:
+        raise SystemExit(f"{' '.join(command)}\nfailed; see {log}")
+
+
+def read(folder: Path, concept: str) -> dict[str, Any]:
+    """What the table shows of a run."""
+    record = json.loads((folder / "report.json").read_text())
+    own, others = record["concepts"][concept], record["others"]
+    seen = {"recognised": own["recognised"], "others": others["accuracy"]}
+    if "near" in own:
+        seen["near"] = own["near"]["accuracy"]
+    found: dict[str, Any] = {"by": record["recognisers"][0]}
+    for name, row in seen.items():
+        found |= {f"{name}/{side}": row[side]["value"] for side in ("before", "after")}
+        found[f"{name}/after_ci95"] = row["after"]["ci95"]
+        found[f"{name}/difference_ci95"] = (row["difference"] or {}).get("ci95")
+    for who, row in own.get("also_by", {}).items():
+        found |= {
+            f"recognised by {who}/{side}": row["recognised"][side]["value"]
+            for side in ("before", "after")
+        }
+    found["oracle"] = own["oracle"]["value"]
+    found["harmonic_mean"] = record["harmonic_mean"]
+    found["kl"] = record["drift"]["total"]
+    for side in ("before", "after"):
+        found[f"fd_scenes/{side}"] = others["fd_scenes"][side]["value"]
+        found[f"vendi_within_prompt/{side}"] = own["vendi_within_prompt"][side]["value"]
+    found["minutes"] = 0.0
+    if (folder / "log.jsonl").is_file():  # closed forms have none
+        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        found["minutes"] = max(line.get("seconds", 0.0) for line in lines) / 60
+    return found
+
+
+def markdown(rows: dict[str, Any]) -> str:
+    """The suite `methods` as docs/erase.md has it: means over seeds, in percent."""
+    head = "| concept | method | seeds | recognised | after | near, points | others, points "
+    lines = [f"{head}| harmonic mean | nats | minutes |", "|---" * 10 + "|"]
+    for concept in CONCEPTS:
+        for name, by_concept in rows.items():
+            runs = list(by_concept.get(concept, {}).values())
+            if not runs:
+                continue
+
+            def mean(key: str, runs: list[dict[str, Any]] = runs) -> float:
+                return statistics.mean(run[key] for run in runs)
+
+            def points(key: str, runs: list[dict[str, Any]] = runs) -> str:
+                if f"{key}/after" not in runs[0]:
+                    return ""
+                changes = [100 * (run[f"{key}/after"] - run[f"{key}/before"]) for run in runs]
+                return ", ".join(f"{change:+.1f}" for change in changes)
+
+            after = ", ".join(f"{100 * run['recognised/after']:.1f}" for run in runs)
+            lines.append(
+                f"| {concept} | {name} | {len(runs)} | {100 * mean('recognised/before'):.1f} "
+                f"| {after} | {points('near')} | {points('others')} | {mean('harmonic_mean'):.3f} "
+                f"| {mean('kl'):.2f} | {mean('minutes'):.1f} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--suite", default="methods", choices=list(SUITES))
+    parser.add_argument("--rows", nargs="+", help="some rows of the suite; otherwise all")
+    parser.add_argument("--concepts", nargs="+", help="otherwise five, or red circle", default=None)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 100_000, 200_000])
+    parser.add_argument("--steps", type=int, default=90)
+    parser.add_argument("--prompts", type=int, default=75, help="held-out prompts of each kind")
+    parser.add_argument("--output_dir", default="runs/erasure")
+    parser.add_argument("--output", help="otherwise benchmarks/results/erasure_SUITE.json")
+    options = parser.parse_args()
+    suite = SUITES[options.suite]
+    names = options.rows or list(suite)
+    if unknown := set(names) - set(suite):
+        parser.error(f"--rows {', '.join(unknown)}: the suite has {', '.join(suite)}")
+    usual = CONCEPTS if options.suite == "methods" else ("red circle",)
+    output = Path(options.output or f"benchmarks/results/erasure_{options.suite}.json")
+    table: dict[str, Any] = json.loads(output.read_text())["rows"] if output.is_file() else {}
+    for seed in options.seeds:
+        for concept in options.concepts or usual:
+            for name in names:
+                flags = ["--config", "erase-scenes", "--concepts", concept, "--seed", str(seed)]
+                flags += ["--max_train_steps", str(options.steps), "--no_attacks"]
+                flags += ["--num_eval_prompts", str(options.prompts), "--report_to", "none"]
+                flags += suite[name].split()
+                shown = " ".join(f'"{f}"' if " " in f else f for f in flags)
+                command = f"nextscale erase {shown}"
+                runs = table.setdefault(name, {}).setdefault(concept, {})
+                if runs.get(str(seed), {}).get("command") == command:
+                    continue
+                words = f"{options.suite} {name} {concept} {seed}".replace(" ", "_")
+                folder = Path(options.output_dir, words)
+                if not (folder / "report.json").is_file():
+                    called = [sys.executable, "-m", "nextscale", "erase", *flags]
+                    run([*called, "--output_dir", str(folder)], folder.with_suffix(".log"))
+                runs[str(seed)] = {"command": command, **read(folder, concept)}
+                print(name, concept, seed, json.dumps(runs[str(seed)]), flush=True)
+                result = {
+                    "command": f"python benchmarks/erasure.py --suite {options.suite} "
+                    f"--steps {options.steps} --prompts {options.prompts}",
+                    "hardware": _cpu_name(),
+                    "threads": int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())),
+                    "versions": {"torch": version("torch")},
+                    "rows": table,
+                }
+                storage.write_json(output, result)
+    if options.suite == "methods":
+        print(markdown(table))
+
+
+if __name__ == "__main__":
+    main()
