@@ -30,7 +30,7 @@ from nextscale.cli.job import (
 from nextscale.cli.loading import load_pipeline
 from nextscale.cli.ranks import on_main, process_group
 from nextscale.cli.recipes import to_yaml
-from nextscale.cli.search_flags import SearchFlags, open_search
+from nextscale.cli.search_flags import SearchFlags, open_pipeline_search
 
 if TYPE_CHECKING:
     from nextscale.align.start_model import Start
@@ -57,7 +57,7 @@ def generate(config: GenerateConfig, output: Output) -> dict[str, Any]:
             if todo:
                 pipe = _load(job)
                 start = _open_start(job, pipe)
-                search = open_search(config, pipe)
+                search = None if config.search is None else open_pipeline_search(config, pipe)
                 controls = _open_controls(config, pipe)
                 on_main(partial(_start, job, pipe))
                 _draw(job, pipe, start, search, controls, output, set(todo))

@@ -10,6 +10,7 @@ from typing import Literal
 import tyro
 
 from nextscale.cli.control_flags import ControlFlags
+from nextscale.cli.diffusion import DiffusionFlags, pipeline_folder
 from nextscale.cli.flags import parse
 from nextscale.cli.model_flags import ModelFlags, SamplingFlags
 from nextscale.cli.recipes import to_yaml
@@ -39,7 +40,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig(SearchFlags, ControlFlags, SamplingFlags, ModelFlags):
+class GenerateConfig(SearchFlags, ControlFlags, SamplingFlags, DiffusionFlags, ModelFlags):
     """Flags of `nextscale generate`."""
 
     prompts: tyro.conf.Positional[tuple[str, ...]] = ()
@@ -116,9 +117,19 @@ def run(command: str, arguments: list[str]) -> int:
         resolved["prompt"] = [*resolved.pop("prompts"), *resolved["prompt"]]
         print(to_yaml(command, resolved), end="")
         return 0
-    from nextscale.cli.bulk import generate
+    if (folder := pipeline_folder(config)) is not None:
+        from nextscale.cli.diffusion import generate as generate_diffusion
 
-    summary = generate(config, output)
+        summary = generate_diffusion(config, folder, output)
+    else:
+        if unread := config.diffusion():
+            raise UserError(
+                f"{', '.join(unread)}: for diffusers pipelines, and {config.model} is a next-scale "
+                "model. Leave it out"
+            )
+        from nextscale.cli.bulk import generate
+
+        summary = generate(config, output)
     what = f"{summary['num_images']} picture{'s' * (summary['num_images'] != 1)}"
     lines = [f"{what} in {config.output_dir} (seed {summary['seed']}, {summary['seconds']:.1f} s)"]
     lines += [f"{name}: {summary[name]}" for name in ("grid", "npz") if summary[name]]

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from nextscale.errors import UserError, require
 
 if TYPE_CHECKING:
+    import torch
+
+    from nextscale.align.search import Search
     from nextscale.pipeline import NextScalePipeline
 
 
@@ -26,7 +29,8 @@ class SearchFlags:
     search_samples: int = 8
     """Samples per picture."""
     search_steps: tuple[int, ...] = ()
-    """tree: scales at which samples part; none: 1 2 3."""
+    """tree: scales at which samples part, of diffusers pipelines denoising steps; none: 1 2 3, or
+    after each quarter."""
     search_model: str | None = None
     """genarm: a model of the same tokenizer, such as one that `nextscale align` left."""
     search_weight: float = 1.0
@@ -55,15 +59,13 @@ class SearchFlags:
             raise UserError(f"{', '.join(wrong)}: not read {which}; leave it out")
 
 
-def open_search(flags: SearchFlags, pipe: NextScalePipeline) -> Callable[..., Any] | None:
+def open_pipeline_search(flags: SearchFlags, pipe: NextScalePipeline) -> Callable[..., Any] | None:
     """What `pipe(..., search=)` takes.
 
     Raises:
         UserError: Without a reward where one is needed.
     """
-    if flags.search is None:
-        return None
-    from nextscale.align.search import BestOf, GenARM, MGSelect, TreeSearch
+    from nextscale.align.search import GenARM, MGSelect
 
     if flags.search == "genarm":
         assert flags.search_model is not None
@@ -72,16 +74,32 @@ def open_search(flags: SearchFlags, pipe: NextScalePipeline) -> Callable[..., An
         return GenARM(judge, flags.search_weight)
     if flags.search == "mg_select":
         return MGSelect(flags.search_samples)
-    from nextscale.align.rewards import open_reward
-
     scenes = pipe.transformer.conditioner.config().get("grammar") == "scenes"
+    return open_search(flags, pipe.device, scenes=scenes)
+
+
+def open_search(flags: SearchFlags, device: torch.device, *, scenes: bool) -> Search | None:
+    """A search by a reward, for any policy.
+
+    Args:
+        flags: Which.
+        device: Of the reward.
+        scenes: Whether prompts are in the scenes grammar, so that the checker can judge.
+
+    Raises:
+        UserError: Without a reward, or for the searches that are of next-scale models alone.
+    """
+    if flags.search is None:
+        return None
+    if flags.search not in ("best_of", "tree"):
+        raise UserError(f"--search {flags.search} is for next-scale models; take best_of or tree")
+    from nextscale.align.rewards import open_reward
+    from nextscale.align.search import BestOf, TreeSearch
+
     name = flags.search_reward or ("checker" if scenes else None)
     if name is None:
-        raise UserError(
-            f"--search {flags.search} needs a reward, such as --search_reward clip; mg_select does "
-            "without"
-        )
-    reward = open_reward(name, device=pipe.device)
+        raise UserError(f"--search {flags.search} needs a reward, such as --search_reward clip")
+    reward = open_reward(name, device=device)
     if flags.search == "best_of":
         return BestOf(reward, flags.search_samples)
     return TreeSearch(reward, flags.search_samples, steps=flags.search_steps or None)

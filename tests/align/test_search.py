@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_pipelines
 import torch
 from PIL import Image
 from torch import Tensor
@@ -250,3 +251,61 @@ def test_generate_searches(
         assert main([*command, *wrong, "--output_dir", str(tmp_path / "x")]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+@pytest.fixture(scope="module")
+def diffusers_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pipe") / "pipe"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tiny_pipelines.stable_diffusion().save_pretrained(folder)
+    return folder
+
+
+def test_generate_searches_by_diffusion(
+    diffusers_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["generate", "red", "blue", "--model", str(diffusers_folder), "--seed", "3"]
+    command += ["--num_images", "2", "--batch_size", "3", "--num_inference_steps", "4", "--quiet"]
+    reward = ["--search_reward", "brightness"]
+
+    def light(name: str, *flags: str) -> list[float]:
+        assert main([*command, *flags, "--output_dir", str(tmp_path / name)]) == 0
+        found = sorted((tmp_path / name).glob("0*.png"))
+        assert len(found) == 4
+        return [float(np.asarray(Image.open(path)).mean()) for path in found]
+
+    plain = light("plain")
+    assert light("again") == plain
+    one = light("one", "--search", "best_of", *reward, "--search_samples", "1")
+    for name in ("best_of", "tree"):
+        best = light(name, "--search", name, *reward, "--search_samples", "4")
+        assert all(b >= o for b, o in zip(best, one, strict=True))
+        assert sum(best) > sum(one)
+    recipe = str(tmp_path / "tree" / "recipe.yaml")
+    assert main(["generate", "--config", recipe, "--quiet", "--output_dir", f"{tmp_path}/r"]) == 0
+    pictures = [(tmp_path / name / "000003.png").read_bytes() for name in ("tree", "r")]
+    assert pictures[0] == pictures[1]
+    assert (tmp_path / "tree" / "grid.png").is_file()
+    capsys.readouterr()
+    for wrong, message in (
+        (["--search", "best_of"], "needs a reward"),
+        (["--search", "mg_select"], "is for next-scale models"),
+        (["--top_k", "5", "--lora", "x"], "top_k, lora: not for"),
+        (["--guidance_scale", "2", "3"], "is one number"),
+        (["--eta", "2"], "eta is 2.0"),
+        ([], "is not empty"),
+    ):
+        folder = "plain" if not wrong else "x"
+        assert main([*command, *wrong, "--output_dir", str(tmp_path / folder)]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_next_scale_models_take_no_denoising_steps(
+    pipe: NextScalePipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe.save_pretrained(tmp_path / "model")
+    words = ["generate", "--model", str(tmp_path / "model"), "--class_labels", "0", "--eta", "0.5"]
+    assert main([*words, "--output_dir", str(tmp_path / "x")]) == 2
+    assert "eta: for diffusers pipelines" in capsys.readouterr().err

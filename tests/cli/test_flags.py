@@ -110,6 +110,7 @@ def test_the_flags_of_the_main_commands():
             "start",
             *("search", "search_reward", "search_samples", "search_steps"),
             *("search_model", "search_weight"),
+            *("num_inference_steps", "eta"),
             "control_image",
             "control_type",
             "control_scale",

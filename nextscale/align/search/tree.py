@@ -51,8 +51,8 @@ class TreeSearch(Search):
     Args:
         reward: Of single pictures.
         num_samples: Finished samples per picture.
-        steps: Where samples may part, rising; None: before each of the first four steps but the
-            first, which the root is for.
+        steps: Where samples may part, rising; None: before each of the first four scales but the
+            first, which the root is for; of denoising steps after each quarter.
         sharpness: lambda: how much better a child must be to be preferred.
         greedy: DTS*: choose the child of highest value plus exploration; otherwise DTS: draw it by
             exp(sharpness value).
@@ -87,7 +87,10 @@ class TreeSearch(Search):
     def choose(self, drawer: Drawer) -> Sequence[int]:
         """See `Search`."""
         last = drawer.policy.num_steps - 1
-        steps = list(self.steps) if self.steps is not None else list(range(1, min(4, last + 1)))
+        steps = list(range(1, min(4, last + 1)) if self.steps is None else self.steps)
+        if self.steps is None and drawer.policy.kind == "gaussian":
+            count = drawer.policy.num_steps
+            steps = sorted({count * k // 4 for k in (1, 2, 3)} - {0})
         if steps and steps[-1] > last:
             raise UserError(f"steps ends at {steps[-1]}; samples part at {last} at the latest")
         bounds = [0, *steps]
