@@ -210,7 +210,8 @@ def main() -> None:
 
 def folder_of(name: str, kind: str, seed: int, options: argparse.Namespace) -> Path:
     """Where a run lies."""
-    words = f"{options.suite} {name} {kind} {seed}".replace(",", "").replace(" ", "_")
+    words = f"{options.suite} {name} {kind} {seed} {options.steps} {options.images}"
+    words = words.replace(",", "").replace(" ", "_")
     return Path(options.output_dir, words)
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -39,9 +40,10 @@ SUITES: dict[str, dict[str, str]] = {
         "UCE": "--method uce",
     },
     "windows": {
-        "one window": "--mode joint",
+        "one window": "--window_smallest 1000 --window_largest None",
+        "all windows in one update": "--mode joint",
         "windows of 25 to 64": "",
-        "a window per scale": "--window_smallest 1 --window_largest none",
+        "a window per scale": "--window_smallest 1 --window_largest None",
         "windows of 1 to 16": "--window_smallest 1 --window_largest 16",
     },
     "gate": {f"gate {q}": f"--gate_quantile {q}" for q in (0.0, 0.1, 0.3, 0.6)},
@@ -81,8 +83,8 @@ def read(folder: Path, concept: str) -> dict[str, Any]:
     for side in ("before", "after"):
         found[f"fd_scenes/{side}"] = others["fd_scenes"][side]["value"]
         found[f"vendi_within_prompt/{side}"] = own["vendi_within_prompt"][side]["value"]
-    found["minutes"] = 0.0
-    if (folder / "log.jsonl").is_file():  # closed forms have none
+    found["minutes"] = None  # of closed forms, which take seconds
+    if (folder / "log.jsonl").is_file():
         lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         found["minutes"] = max(line.get("seconds", 0.0) for line in lines) / 60
     return found
@@ -108,10 +110,11 @@ def markdown(rows: dict[str, Any]) -> str:
                 return ", ".join(f"{change:+.1f}" for change in changes)
 
             after = ", ".join(f"{100 * run['recognised/after']:.1f}" for run in runs)
+            minutes = "" if runs[0]["minutes"] is None else f"{mean('minutes'):.1f}"
             lines.append(
                 f"| {concept} | {name} | {len(runs)} | {100 * mean('recognised/before'):.1f} "
                 f"| {after} | {points('near')} | {points('others')} | {mean('harmonic_mean'):.3f} "
-                f"| {mean('kl'):.2f} | {mean('minutes'):.1f} |"
+                f"| {mean('kl'):.2f} | {minutes} |"
             )
     return "\n".join(lines)
 
@@ -146,11 +149,12 @@ def main() -> None:
                 runs = table.setdefault(name, {}).setdefault(concept, {})
                 if runs.get(str(seed), {}).get("command") == command:
                     continue
-                words = f"{options.suite} {name} {concept} {seed}".replace(" ", "_")
-                folder = Path(options.output_dir, words)
+                words = f"{options.suite} {name} {concept} {seed} {options.steps} {options.prompts}"
+                folder = Path(options.output_dir, words.replace(" ", "_"))
                 if not (folder / "report.json").is_file():
+                    shutil.rmtree(folder, ignore_errors=True)
                     called = [sys.executable, "-m", "nextscale", "erase", *flags]
-                    run([*called, "--output_dir", str(folder)], folder.with_suffix(".log"))
+                    run([*called, "--output_dir", str(folder)], Path(f"{folder}.log"))
                 runs[str(seed)] = {"command": command, **read(folder, concept)}
                 print(name, concept, seed, json.dumps(runs[str(seed)]), flush=True)
                 result = {

@@ -33,7 +33,8 @@ SEED = 1_500_000_000  # apart from training and from the report
 def attacked(folder: Path, prompts: int) -> dict[str, Any]:
     """Attacks by concept, before and after."""
     values = yaml.safe_load((folder / "recipe.yaml").read_text())
-    kept = ("model", "concepts", "method", "seed", "recognisers", "eval_pairs", "eval_prompts")
+    kept = ("model", "concepts", "method", "seed", "recognisers", "pairs", "eval_pairs")
+    kept += ("eval_prompts",)
     config = EraseConfig(
         num_eval_prompts=prompts,
         **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in kept},
@@ -41,7 +42,9 @@ def attacked(folder: Path, prompts: int) -> dict[str, Any]:
     base = NextScalePipeline.from_pretrained(config.model, dtype="float32")
     edited = NextScalePipeline.from_pretrained(config.model, dtype="float32")
     edited.load_lora(folder / "adapter")
-    pairs = read_pairs(folder / "pairs.jsonl")
+    about = base.transformer.conditioner
+    classes = None if about.prompts else about.config()["num_classes"]
+    pairs = read_pairs(folder / "pairs.jsonl", num_classes=classes)
     recognise = next(iter(open_recognisers(config, base, pairs).values()))
     held_out = open_held_out(config, base, pairs, recognise)
     assert held_out is not None
@@ -81,7 +84,7 @@ def main() -> None:
     output, called = Path(options.output), "python benchmarks/erasure_attacks.py"
     runs: dict[str, Any] = json.loads(output.read_text())["runs"] if output.is_file() else {}
     for folder in map(Path, options.runs):
-        runs[folder.name] = attacked(folder, options.prompts)
+        runs[str(folder)] = attacked(folder, options.prompts)
         result = {
             "command": f"{called} --prompts {options.prompts} --runs {' '.join(runs)}",
             "hardware": _cpu_name(),

@@ -311,16 +311,9 @@ class NextScalePipeline:
         Raises:
             UserError: If there is none, or it was trained on another base (by fingerprint).
         """
-        from nextscale.control import read_control
+        from nextscale.control import find_control, read_control
 
-        folder = storage.resolve_model(path)
-        inside = folder / "model"  # of a training run
-        for place in (inside, folder):
-            if (place / "model_index.json").is_file():
-                raise UserError(
-                    f"{path} holds a whole model, whose base was trained too: open it as the model"
-                )
-        module = read_control(inside if (inside / "config.json").is_file() else folder)
+        module = read_control(find_control(path))
         return self.add_control(module.requires_grad_(False), name)
 
     def add_control(self, module: ControlModule, name: str | None = None) -> str:

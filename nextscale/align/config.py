@@ -66,7 +66,8 @@ class AlignConfig(TrainingConfig):
     """What is drawn: scenes:standard, scenes:hard, classes, captions:DATASET[@SPLIT],
     images:DATASET[@SPLIT] (for control), examples:DATASET[@SPLIT] (with pictures, for seppo), or
     .txt and .jsonl files, in turns. Empty: those of `pairs`; for control images:scenes, for seppo
-    examples:scenes, for class-conditional models classes, else scenes:standard."""
+    on models of scenes examples:scenes, for class-conditional models classes, else
+    scenes:standard."""
     pairs: str | None = None
     """DPO on given pairs instead of rollouts: a .jsonl of {"prompt" or "class_label", "chosen",
     "rejected"}, the last two paths of pictures, relative to the file."""
@@ -129,8 +130,8 @@ class AlignConfig(TrainingConfig):
     """Which distribution is the policy: guided, conditional or behaviour."""
     train_scales: int | None = None
     """Next-scale models: train only the first so many scales; the later ones are drawn by the model
-    as it stands. An update then costs what those cost, but for score=pair of DPO, DRAGON and RAFT,
-    which judges all. None: all."""
+    as it stands. An update then costs what those cost, but for score=pair of DPO, DRAGON and RAFT
+    and for SePPO, which judge all. None: all."""
     diffusion: DiffusionSettings = field(default_factory=DiffusionSettings)
     """How a diffusers pipeline draws rollouts."""
 
@@ -254,6 +255,8 @@ class AlignConfig(TrainingConfig):
         for name in ("pairs", "lora_rank"):
             if self.control is not None and getattr(self, name):
                 raise UserError(f"a control is tuned by rollouts, whole: leave {name} out")
+        if self.control is not None and self.method == "seppo":
+            raise UserError("seppo learns from given pictures, not from maps: leave control out")
         if self.control is not None and self.method == "find":
             raise UserError("find trains the start, not a control: leave control out")
         if self.pairs is not None and self.method != "dpo":

@@ -163,9 +163,9 @@ class ControlledModel(NextScaleModel):
 def _untrained(pipe: NextScalePipeline, kind: str, seed: int) -> ControlModule:
     """Additive control of a type that the model does not have; it adds nothing yet.
 
-    A new condition by reward and KL alone, without a picture of the condition and a prompt at once,
-    is CTRL (arXiv 2406.12120): the KL of `grpo.beta` is to the base, which the module begins as,
-    and the reward is the log-probability of the condition by whoever reads it back.
+    A new condition by reward and KL alone is CTRL (arXiv 2406.12120): the KL of `grpo.beta` is to
+    the base, which the module begins as, and the reward says how probable the condition is, by
+    whoever reads it back. Here a prompt and its map come from one picture, where CTRL pairs any.
     """
     extractor = open_extractor(kind)
     record = ControlRecord(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from scipy import stats
@@ -16,16 +17,20 @@ def compare(
     after: Float[Tensor, " n"],
     groups: Int[Tensor, " n"] | None,
     limits: tuple[float, float] = (-math.inf, math.inf),
+    *,
+    bootstrap: bool = False,
 ) -> dict[str, Any]:
     """Means with 95 % intervals, and their paired difference.
 
-    Pictures of one prompt depend on each other: intervals are Student's over means of prompts.
+    Pictures of one prompt depend on each other: intervals are Student's over means of prompts, or
+    percentiles of means of prompts drawn with replacement.
 
     Args:
         before: One value per picture; NaN on either side leaves the picture out.
         after: Of the same prompts and seeds.
         groups: Prompt of each picture; None: every value is one.
-        limits: Lowest and highest value there can be; intervals end there.
+        limits: Lowest and highest value there can be; Student's intervals end there.
+        bootstrap: Percentiles of 9,999 resamples, in place of Student's intervals.
 
     Returns:
         "before", "after" and "difference", each with value and ci95; for values of 0 and 1 also
@@ -37,10 +42,10 @@ def compare(
     before, after = before[valid].double(), after[valid].double()
     groups = torch.arange(len(before)) if groups is None else groups[valid]
     found: dict[str, Any] = {
-        "before": _interval(before, groups, limits),
-        "after": _interval(after, groups, limits),
+        "before": _interval(before, groups, limits, bootstrap),
+        "after": _interval(after, groups, limits, bootstrap),
         "difference": _interval(
-            after - before, groups, (limits[0] - limits[1], limits[1] - limits[0])
+            after - before, groups, (limits[0] - limits[1], limits[1] - limits[0]), bootstrap
         ),
         "n": len(before),
     }
@@ -52,7 +57,9 @@ def compare(
     return found
 
 
-def _interval(values: Tensor, groups: Tensor, limits: tuple[float, float]) -> dict[str, Any]:
+def _interval(
+    values: Tensor, groups: Tensor, limits: tuple[float, float], bootstrap: bool
+) -> dict[str, Any]:
     """Mean and 95 % interval over means of groups."""
     numbers = groups.unique(return_inverse=True)[1]
     sums = values.new_zeros(int(numbers.max()) + 1)
@@ -61,6 +68,9 @@ def _interval(values: Tensor, groups: Tensor, limits: tuple[float, float]) -> di
     mean = float(values.mean())
     if len(means) < 2:
         return {"value": mean, "ci95": None}
+    if bootstrap:
+        drawn = stats.bootstrap((means.numpy(),), np.mean, method="percentile", rng=0)
+        return {"value": mean, "ci95": [float(x) for x in drawn.confidence_interval]}
     half = float(stats.t.ppf(0.975, len(means) - 1) * means.std() / len(means) ** 0.5)
     low, high = max(mean - half, limits[0]), min(mean + half, limits[1])
     return {"value": mean, "ci95": [low, high]}

@@ -20,6 +20,7 @@ from nextscale.align.controlled import ControlledModel
 from nextscale.align.methods import METHODS, Method
 from nextscale.align.methods.dpo import DPO
 from nextscale.align.methods.grpo import GRPO, TokenMask
+from nextscale.align.methods.seppo import check_pictures
 from nextscale.align.models import AlignModel, open_model
 from nextscale.align.prompts import open_prompts
 from nextscale.align.report import Report, make_report
@@ -128,6 +129,8 @@ def _align(
         assert isinstance(method, DPO)
         task = Offline(config, model, method)
     prompts = open_prompts(config.prompts, num_classes=model.num_classes)
+    if config.method == "seppo":
+        check_pictures(prompts)
     watched, prompts = hold_out(prompts, config.num_validation_prompts)
     watcher = Watcher(config, model, watched, train_rewards, weights, held_out)
     if task is None:
@@ -175,7 +178,7 @@ def _align(
     if not kept:
         logger.error(  # not only a warning: --quiet must not hide it
             "the reward did not rise over the rollouts (p = %.2g for chance): the model is saved "
-            "as it was. The trained weights are in %s; trend_p_value none saves them",
+            "as it was. The trained weights are in %s; trend_p_value None saves them",
             *(p_value, result.checkpoint),
         )
         final.load_state_dict(began, strict=False)
@@ -210,7 +213,8 @@ def _add_to_card(config: AlignConfig, report: Report | None) -> None:
 def _with_prompts(config: AlignConfig, model: AlignModel) -> AlignConfig:
     """What is drawn if nothing is said."""
     usual = "scenes:standard" if model.num_classes is None else "classes"
-    usual = "examples:scenes" if config.method == "seppo" else usual
+    if config.method == "seppo" and model.grammar == "scenes":
+        usual = "examples:scenes"
     prompts = config.prompts or (config.pairs or usual,)
     if config.control is not None:
         prompts = config.prompts or ("images:scenes",)

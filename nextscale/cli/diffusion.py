@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nextscale import storage
+from nextscale import processes, storage
 from nextscale.cli.conditions import read_conditions
-from nextscale.cli.console import Output, check_folder
+from nextscale.cli.console import Output
 from nextscale.cli.job import RECIPE, metadata, remove_pictures
 from nextscale.cli.loading import ModelFiles
 from nextscale.cli.recipes import to_yaml
@@ -38,8 +38,8 @@ class DiffusionFlags:
     num_inference_steps: int | None = None
     """Denoising steps of a diffusers pipeline; none: 20."""
     eta: float | None = None
-    """Noise of its steps under --search best_of and tree, (0, 1]; none: 1. Without search there is
-    none."""
+    """Noise of DDIM steps under --search best_of and tree, (0, 1]; none: 1. Without search there is
+    none, and flow matching has its own."""
 
     def diffusion(self) -> dict[str, Any]:
         """Those that are given."""
@@ -48,11 +48,13 @@ class DiffusionFlags:
 
 
 def pipeline_folder(config: GenerateConfig) -> Path | None:
-    """Where the model lies if it is a diffusers pipeline.
+    """Where the model lies if it is a diffusers pipeline, which one process alone draws by.
 
     Raises:
         UserError: If there is no such model.
     """
+    if processes.world_size() > 1:
+        return None
     place = {"revision": config.revision, "local_files_only": config.local_files_only}
     folder = storage.resolve_model(config.model, **place)
     index = folder / storage.MODEL_INDEX
@@ -74,11 +76,10 @@ def generate(config: GenerateConfig, folder: Path, output: Output) -> dict[str, 
             f"{', '.join(wrong)}: not for {config.model}, which is a diffusers pipeline. Leave it "
             "out"
         )
+    if config.eta is not None and config.search is None:
+        raise UserError("eta is the noise that a search chooses from: give --search too")
     if config.guidance_scale is not None and len(config.guidance_scale) != 1:
         raise UserError("guidance_scale of a diffusers pipeline is one number")
-    check_folder(
-        config.output_dir, empty=not config.overwrite, hint="Replace its pictures by --overwrite."
-    )
     from nextscale.align.config import AlignConfig, DiffusionSettings
     from nextscale.align.models import DiffusionModel, open_model
     from nextscale.streams import image_seeds
@@ -94,14 +95,17 @@ def generate(config: GenerateConfig, folder: Path, output: Output) -> dict[str, 
     assert isinstance(model, DiffusionModel)
     kind = "text" if model.num_classes is None else "class"
     files = ModelFiles(folder, {}, {"kind": kind, "num_classes": model.num_classes})
-    conditions = [c for c in read_conditions(config, files) for _ in range(config.num_images)]
+    given = read_conditions(config, files)
+    conditions = [condition for condition in given for _ in range(config.num_images)]
     seed = None if config.seed == -1 else config.seed
     seeds = image_seeds(seed, None, len(conditions))
-    draw = _drawing(config, model)
+    draw = _drawing(config, model, given)
     target = Path(config.output_dir)
     if config.overwrite and target.is_dir():
         remove_pictures(target)
-    made = replace(config, seed=seeds[0], prompts=(), prompt=config.prompts or config.prompt)
+    named = {"prompt": given} if model.num_classes is None else {"class_labels": given}
+    repeated: dict[str, Any] = {"prompts": (), "prompt_file": None, "overwrite": False, **named}
+    made = replace(config, seed=seeds[0], **repeated)
     storage.write_bytes(target / RECIPE, to_yaml("generate", asdict(made)).encode())
     paths = [target / f"{i:06d}.png" for i in range(len(conditions))]
     _write(draw, conditions, seeds, paths, made, output)
@@ -118,31 +122,40 @@ def generate(config: GenerateConfig, folder: Path, output: Output) -> dict[str, 
 
 
 def _drawing(
-    config: GenerateConfig, model: DiffusionModel
+    config: GenerateConfig, model: DiffusionModel, given: Sequence[str]
 ) -> Callable[[list[str], list[int]], Tensor]:
-    """A function (prompts or labels, seeds) -> pictures in [0, 1]."""
+    """A function (prompts or labels, seeds) -> pictures in [0, 1].
+
+    Raises:
+        UserError: For what would be refused only while drawing.
+    """
     import torch
 
-    policy = model.policy
+    from nextscale.align.policies.gaussian import FlowTransitions
+
+    policy: Any = model.policy
+    if config.eta is not None and isinstance(policy.transitions, FlowTransitions):
+        raise UserError("eta is of DDIM, and this pipeline's scheduler is one of flow matching")
     device = next(policy.network.parameters()).device
     search = open_search(config, device, scenes=model.grammar == "scenes")
+    if search is not None:
+        search.check(policy)
+    by_class = model.num_classes is not None
+
+    def named(conditions: Sequence[str]) -> list[Any]:
+        return [int(c) if by_class and c.isdigit() else c for c in conditions]
+
+    if by_class:
+        policy.encode(named(list(dict.fromkeys(given))))
 
     @torch.no_grad()
     def draw(conditions: list[str], seeds: list[int]) -> Tensor:
-        asked: list[Any] = list(conditions)
-        if model.num_classes is not None:
-            asked = [_label(condition, model.num_classes) for condition in conditions]
+        asked = named(conditions)
         if search is None:
             return model.draw(None, asked, seeds)
         return policy.decode(search.on(policy, asked, seeds)).cpu()
 
     return draw
-
-
-def _label(text: str, num_classes: int) -> int:
-    if not text.isdigit() or int(text) >= num_classes:
-        raise UserError(f"class label {text} is none of the pipeline's, 0 to {num_classes - 1}")
-    return int(text)
 
 
 def _write(

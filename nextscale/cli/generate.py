@@ -9,9 +9,11 @@ from typing import Literal
 
 import tyro
 
+from nextscale import processes
 from nextscale.cli.control_flags import ControlFlags
 from nextscale.cli.diffusion import DiffusionFlags, pipeline_folder
 from nextscale.cli.flags import parse
+from nextscale.cli.job import check_output
 from nextscale.cli.model_flags import ModelFlags, SamplingFlags
 from nextscale.cli.recipes import to_yaml
 from nextscale.cli.search_flags import SearchFlags
@@ -107,7 +109,13 @@ def run(command: str, arguments: list[str]) -> int:
     config, output = parse(
         command, GenerateConfig, arguments, about=ABOUT, example=EXAMPLE, expand=expand_preset
     )
+    if not output.print_config and processes.world_size() == 1:
+        check_output(config)  # before a model is fetched
+    folder = pipeline_folder(config)
     if output.print_config:
+        if folder is not None:
+            print(to_yaml(command, asdict(config)), end="")
+            return 0
         from nextscale.cli.loading import read_model
 
         files = read_model(
@@ -117,7 +125,7 @@ def run(command: str, arguments: list[str]) -> int:
         resolved["prompt"] = [*resolved.pop("prompts"), *resolved["prompt"]]
         print(to_yaml(command, resolved), end="")
         return 0
-    if (folder := pipeline_folder(config)) is not None:
+    if folder is not None:
         from nextscale.cli.diffusion import generate as generate_diffusion
 
         summary = generate_diffusion(config, folder, output)

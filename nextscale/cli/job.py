@@ -70,10 +70,7 @@ class Job:
 
 def resolve_job(config: GenerateConfig) -> Job:
     """Everything that can be refused, in the order of its cost."""
-    hint = "Continue it with --resume, replace its pictures with --overwrite, or choose another."
-    # A recipe alone is what a run leaves that failed before its first picture.
-    fresh = not (config.resume or config.overwrite)
-    check_folder(config.output_dir, empty=fresh, hint=hint, besides=RECIPE)
+    check_output(config)
     folder = Path(config.output_dir)
     model = read_model(
         config.model, revision=config.revision, local_files_only=config.local_files_only
@@ -127,6 +124,18 @@ def resolve_job(config: GenerateConfig) -> Job:
             "made. Choose another folder, or --overwrite."
         )
     return job
+
+
+def check_output(config: GenerateConfig) -> None:
+    """Refuse an output folder that holds something.
+
+    Raises:
+        UserError: Says what to do.
+    """
+    hint = "Continue it with --resume, replace its pictures with --overwrite, or choose another."
+    # A recipe alone is what a run leaves that failed before its first picture.
+    fresh = not (config.resume or config.overwrite)
+    check_folder(config.output_dir, empty=fresh, hint=hint, besides=RECIPE)
 
 
 def _check_same(job: Job, before: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from nextscale.control.additive import AdditiveConfig, AdditiveControl
 from nextscale.control.attach import Control, ControlHooks, attach
 from nextscale.control.conditions import Extractor, open_extractor
 from nextscale.control.module import ControlModule, ControlRecord
-from nextscale.control.registry import build_control, read_control
+from nextscale.control.registry import build_control, find_control, read_control
 from nextscale.control.side_network import SideNetworkConfig, SideNetworkControl
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "SideNetworkControl",
     "attach",
     "build_control",
+    "find_control",
     "open_extractor",
     "read_control",
 ]

@@ -32,6 +32,22 @@ def build_control(
     return found[0](config, base, record)  # pyright: ignore[reportArgumentType]
 
 
+def find_control(name: str | Path) -> Path:
+    """The folder of a module: itself, that of a run of `train control`, or one from the hub.
+
+    Raises:
+        UserError: If there is none, or a run that trained its base too.
+    """
+    folder = storage.resolve_model(name)
+    inside = folder / "model"  # of a training run
+    for place in (inside, folder):
+        if (place / "model_index.json").is_file():
+            raise UserError(
+                f"{name} holds a whole model, whose base was trained too: open it as the model"
+            )
+    return inside if (inside / "config.json").is_file() else folder
+
+
 def read_control(folder: str | Path) -> ControlModule:
     """Read what `ControlModule.save_pretrained` wrote (float32 on the CPU).
 

@@ -20,7 +20,7 @@ from nextscale.control.additive import AdditiveConfig
 from nextscale.control.attach import Control, ControlHooks, attach
 from nextscale.control.conditions import Extractor, ExtractorSettings, open_extractor
 from nextscale.control.module import ControlConfig, ControlModule, ControlRecord
-from nextscale.control.registry import ARCHITECTURES, build_control
+from nextscale.control.registry import ARCHITECTURES, build_control, find_control, read_control
 from nextscale.control.side_network import SideNetworkConfig
 from nextscale.data.config import DataConfig, open_dataset
 from nextscale.errors import UserError, require
@@ -47,6 +47,9 @@ class ControlTrainingConfig(TrainingConfig, DataConfig):
     """What maps are made of the images: TYPE or TYPE:SOURCE, as in `nextscale extract`."""
     extractor: ExtractorSettings = field(default_factory=ExtractorSettings)
     """Settings of the extractor."""
+    initial: str | None = None
+    """Begin with this module, of the same base and sizes: a control of the model by name, or a
+    folder of an earlier run. It may be of another type."""
     architecture: Literal["additive", "adapter", "side_network"] = "additive"
     """additive: ControlAR; adapter: ECM; side_network: CAR, made additive."""
     additive: AdditiveConfig = field(default_factory=AdditiveConfig)
@@ -182,6 +185,8 @@ def train_control(config: ControlTrainingConfig, *, progress: bool = True) -> Fi
         part.conditioner = base.conditioner
     torch.manual_seed(stream(config.seed).initial_seed())
     module = build_control(config.module, base.config, record)
+    if config.initial is not None:
+        _begin_with(module, config.initial, folder)
     if config.init_ffn_from_base:
         _copy_feed_forward(module, base)
     base.requires_grad_(config.unfreeze == "all")
@@ -300,6 +305,21 @@ def _optimizer(
     groups = decay_groups(own, keep)
     groups += [g | {"lr_scale": config.base_lr_scale} for g in decay_groups(rest, keep)]
     return adamw([g for g in groups if g["params"]], config)
+
+
+def _begin_with(module: ControlModule, initial: str, model: Path) -> None:
+    """Take over the weights of another module."""
+    own = {path.name: path for path in (model / "controls").glob("*")}
+    other = read_control(own[initial] if initial in own else find_control(initial))
+    asked = replace(module.config, encoder=replace(module.config.encoder, pretrained=False))
+    if (type(other), other.config, other.base) != (type(module), asked, module.base):
+        raise UserError(
+            f"initial {initial} is {other.architecture} control of {other.config}, this run makes "
+            f"{module.architecture} control of {asked}: give the same sizes"
+        )
+    if other.record.base_fingerprint != module.record.base_fingerprint:
+        raise UserError(f"initial {initial} was trained on other weights than this base's")
+    module.load_state_dict(other.state_dict())
 
 
 def _copy_feed_forward(module: ControlModule, base: NextScaleTransformer) -> None:

@@ -293,13 +293,16 @@ def test_generate_searches_by_diffusion(
         (["--search", "mg_select"], "is for next-scale models"),
         (["--top_k", "5", "--lora", "x"], "top_k, lora: not for"),
         (["--guidance_scale", "2", "3"], "is one number"),
-        (["--eta", "2"], "eta is 2.0"),
+        (["--eta", "0.5"], "give --search too"),
+        (["--eta", "2", "--search", "best_of", *reward], "eta is 2.0"),
+        (["--search", "tree", *reward, "--search_steps", "9", "--overwrite"], "steps ends at 9"),
         ([], "is not empty"),
     ):
-        folder = "plain" if not wrong else "x"
+        folder = "plain" if not wrong or "--overwrite" in wrong else "x"
         assert main([*command, *wrong, "--output_dir", str(tmp_path / folder)]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+    assert len(list((tmp_path / "plain").glob("0*.png"))) == 4
 
 
 def test_next_scale_models_take_no_denoising_steps(

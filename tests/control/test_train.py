@@ -120,6 +120,22 @@ def test_a_resumed_run_repeats_the_losses(model: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(torch.tensor(one), torch.tensor(two), atol=1e-4, rtol=0)
 
 
+def test_a_run_begins_with_an_earlier_module(model: Path, tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    train_control(config(model, first), progress=False)
+    still = {"initial": str(first), "learning_rate": 1e-12, "max_train_steps": 1}
+    other = config(model, tmp_path / "second", control_type="segmentation:scenes", **still)
+    train_control(other, progress=False)
+    before, after = (read_control(tmp_path / name / "model") for name in ("first", "second"))
+    assert after.record.type == "segmentation"
+    for name, tensor in before.state_dict().items():
+        torch.testing.assert_close(after.state_dict()[name], tensor, atol=1e-9, rtol=0)
+    larger = AdditiveConfig(encoder=SMALL, num_sites=1)
+    with pytest.raises(UserError, match=r"num_sites=2.*num_sites=1.*give the same sizes"):
+        train_control(config(model, tmp_path / "x", additive=larger, **still), progress=False)
+    assert not (tmp_path / "x").exists()
+
+
 def test_shares_of_the_last_scale_are_the_formula_s(model: Path, tmp_path: Path) -> None:
     """methods/control.md 2.3: shares of the tokens of VAR-256."""
     sides = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)

@@ -316,7 +316,7 @@ def relearning(
 
 
 def attack(target: Target, prompts: Sequence[str] = (), *, progress: bool = False) -> list[Outcome]:
-    """All attacks on one concept.
+    """The rate without attack, and all attacks on one concept.
 
     Args:
         target: What is attacked; the sampling sweep, 12 settings of 10 seeds, asks for its first 10
@@ -326,6 +326,7 @@ def attack(target: Target, prompts: Sequence[str] = (), *, progress: bool = Fals
     """
     few = replace(target, pairs=target.pairs[:SWEPT], tokens=target.tokens[:SWEPT])
     plans: list[Callable[[], Iterable[Outcome]]] = [
+        lambda: [target.outcome("none", target.draw(target.plain, target.settings()))],
         lambda: paraphrases(target),
         lambda: sampling_sweep(few),
         lambda: prefix_probe(target),

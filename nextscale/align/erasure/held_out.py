@@ -57,7 +57,12 @@ def scene_prompts(config: EraseConfig, trained: Sequence[ConceptPair]) -> HeldOu
     count = config.num_eval_prompts
     targets = {n: held_out_pairs(concepts[n], count, trained, seed=config.seed) for n in names}
     parsed = {text: parse(text) for text in dict.fromkeys(load_benchmark("standard"))}
-    clean = [t for t, c in parsed.items() if not any(k.in_caption(c) for k in concepts.values())]
+    known = {pair.modified for pair in trained}  # whose pictures training holds in place
+    clean = [
+        text
+        for text, caption in parsed.items()
+        if text not in known and not any(k.in_caption(caption) for k in concepts.values())
+    ]
     near = {n: [t for t in clean if concepts[n].is_sibling(parsed[t])][:count] for n in names}
     siblings = {text for texts in near.values() for text in texts}
     others = [t for t in clean if t not in siblings][:count]

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nextscale import storage
+from nextscale.align import tables
 from nextscale.align.erasure.attacks import Outcome, Target, attack
 from nextscale.align.erasure.config import EraseConfig
 from nextscale.align.erasure.data import draw
@@ -21,7 +22,6 @@ from nextscale.align.erasure.losses import kl_divergence
 from nextscale.align.erasure.pairs import ConceptPair
 from nextscale.align.erasure.recognisers import Recognise
 from nextscale.align.prompts import open_prompts
-from nextscale.align.tables import compare
 from nextscale.data.checker import prompt_accuracy
 from nextscale.data.images import to_uint8
 from nextscale.eval.clip import BUNDLED, clip_scorer, open_clip_model
@@ -50,6 +50,7 @@ class EraseReport:
         clip: Scores pictures by their prompts; None: nobody does.
         before: The base's pictures of each set, as (images, tokens).
         oracle: The base's pictures of the targets' modified prompts, by concept.
+        attack_prompts: A list of prompts that are tried besides.
         progress: Show a bar.
     """
 
@@ -60,6 +61,7 @@ class EraseReport:
     clip: Scorer | None
     before: dict[str, tuple[Tensor, Tensor]]
     oracle: dict[str, Tensor]
+    attack_prompts: list[str]
     progress: bool
 
     def finish(self, base: NextScalePipeline, edited: NextScalePipeline) -> dict[str, Any]:
@@ -130,8 +132,8 @@ class EraseReport:
                 for images in (self.before[name][0], after[name][0], self.oracle[name])
             ]
             seen = {
-                "recognised": compare(shown[0], shown[1], groups, _SHARE),
-                "oracle": compare(shown[2], shown[2], groups, _SHARE)["before"],
+                "recognised": _compare(shown[0], shown[1], groups, _SHARE),
+                "oracle": _compare(shown[2], shown[2], groups, _SHARE)["before"],
             }
             if "recognised" not in found:
                 found |= seen
@@ -154,7 +156,7 @@ class EraseReport:
         every, pictures = self._repeated(asked), (self.before[name][0], after[name][0])
         if self.held_out.right is not None:
             sides = [self.held_out.right(images, every) for images in pictures]
-            found["accuracy"] = compare(sides[0], sides[1], self._groups(len(every)), _SHARE)
+            found["accuracy"] = _compare(sides[0], sides[1], self._groups(len(every)), _SHARE)
         if self.scenes:
             values = [prompt_accuracy(checked(images, every))["values"] for images in pictures]
             found["values"] = {
@@ -169,7 +171,7 @@ class EraseReport:
             features = _features(images)
             scores = [vendi_score(features[(groups == g).numpy()]) for g in groups.unique()]
             sides.append(torch.tensor(scores))
-        return compare(sides[0], sides[1], None, (1.0, float(self.config.num_eval_images)))
+        return _compare(sides[0], sides[1], None, (1.0, float(self.config.num_eval_images)))
 
     def _distance(self, after: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:
         """Fréchet distance of the other prompts' pictures to true ones."""
@@ -192,7 +194,7 @@ class EraseReport:
     ) -> dict[str, Any]:
         every = self._repeated(self.held_out.others)
         sides = [clip(drawn["others"][0], every) for drawn in (self.before, after)]
-        return compare(sides[0], sides[1], self._groups(len(every)), (-1.0, 1.0))
+        return _compare(sides[0], sides[1], self._groups(len(every)), (-1.0, 1.0))
 
     @torch.no_grad()
     def _drift(self, base: NextScalePipeline, edited: NextScalePipeline) -> dict[str, Any]:
@@ -217,10 +219,7 @@ class EraseReport:
     ) -> list[Outcome]:
         tokens = self.before[name][1][:: self.config.num_eval_images]
         target = Target(edited, pairs, next(iter(self.recognisers.values())), tokens, _SEED)
-        prompts: list[str] = []
-        if self.config.attack_prompts is not None:
-            prompts = [str(p.condition) for p in open_prompts([self.config.attack_prompts])]
-        return attack(target, prompts, progress=self.progress)
+        return attack(target, self.attack_prompts, progress=self.progress)
 
     def _grids(self, after: Mapping[str, tuple[Tensor, Tensor]], folder: Path) -> None:
         """Two rows for each set, before and after; and for each concept a sheet to judge by eye."""
@@ -237,6 +236,11 @@ class EraseReport:
         for name in self.held_out.targets:
             file = f"after_{name.replace(' ', '_')}.png"
             save_grid(after[name][0][:_SAMPLE], folder / file, columns=10)
+
+
+def _compare(*given: Any) -> dict[str, Any]:
+    """Before, after, difference, with bootstrap intervals over prompts."""
+    return tables.compare(*given, bootstrap=True)
 
 
 def _features(images: Tensor) -> Float[np.ndarray, "n d"]:
@@ -261,7 +265,11 @@ def open_report(
     clip = None
     if conditioner.prompts and (scenes or named):
         clip = clip_scorer(open_clip_model((named or [""])[0] or BUNDLED))
-    report = EraseReport(config, held_out, recognisers, scenes, clip, {}, {}, progress)
+    prompts: list[str] = []
+    if config.attacks and config.attack_prompts is not None:
+        listed = open_prompts([config.attack_prompts], what="attack_prompts")
+        prompts = [str(prompt.condition) for prompt in listed]
+    report = EraseReport(config, held_out, recognisers, scenes, clip, {}, {}, prompts, progress)
     report.before = {n: report.draw(base, asked) for n, asked in report.sets().items()}
     report.oracle = {
         n: report.draw(base, [p.modified for p in own])[0] for n, own in held_out.targets.items()

@@ -77,7 +77,7 @@ class Erasing:
             for name in names
         ]
         self.thresholds: Tensor | None = None
-        self.updates = 0
+        self.steps = self.updates = 0  # of this session
 
     def load_batch(self, indices: np.ndarray, step: int) -> Batch:
         """Pairs for all windows of a pass; in windowed mode a pass takes as many steps."""
@@ -111,6 +111,7 @@ class Erasing:
         if self.config.method == "ear" and self.thresholds is None:
             self.thresholds = self._thresholds(network)
         erasing, metrics = self._erasing(network, batch, step)
+        self.steps += 1
         if erasing is None:
             return
         self.updates += 1

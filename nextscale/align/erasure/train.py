@@ -29,7 +29,7 @@ from nextscale.data.captions import parse
 from nextscale.errors import UserError
 from nextscale.pipeline import NextScalePipeline
 from nextscale.streams import stream
-from nextscale.training import FitResult, adamw, decay_groups, fit
+from nextscale.training import FitResult, adamw, decay_groups, fit, record
 from nextscale.var import NextScaleTransformer
 from nextscale.var.delta import save_delta
 from nextscale.var.lora import add_lora, base_fingerprint, save_lora
@@ -95,6 +95,8 @@ def erase(config: EraseConfig, *, progress: bool = True) -> EraseResult:
         else:
             swap_classes(model, drawn.pairs)
         result = None
+        if processes.is_main():
+            record.write_record(config, {})
         save_delta(
             folder / "adapter", before, dict(model.named_parameters()), fingerprint, settings
         )
@@ -102,11 +104,11 @@ def erase(config: EraseConfig, *, progress: bool = True) -> EraseResult:
         result = _train(config, pipe, drawn, retain, fingerprint, settings, progress)
     if processes.is_main():
         write_pairs(folder / "pairs.jsonl", list(dict.fromkeys(drawn.pairs)))
-    record = None
+    figures = None
     if report is not None:
         base = NextScalePipeline.from_pretrained(config.model, dtype="float32")
-        record = report.finish(base, pipe)
-    return EraseResult(result, pipe, drawn.counts, drawn.pairs, record)
+        figures = report.finish(base, pipe)
+    return EraseResult(result, pipe, drawn.counts, drawn.pairs, figures)
 
 
 # ---- pairs, and what the report asks for -----------------------------------------------------
@@ -292,7 +294,7 @@ def _train(
     if "model" in result.ema_modules:
         final.load_state_dict(result.ema_modules["model"].state_dict())
     final.eval()
-    if not task.updates:
+    if task.steps and not task.updates:
         raise UserError(
             f"no window was ever above its threshold in {result.steps} steps: nothing was erased. "
             "Lower gate or gate_quantile, or raise eta",

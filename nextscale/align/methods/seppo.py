@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nextscale.align.experience import Experience, Rollout, sample_streams
 from nextscale.align.methods.method import Loss, grouped
 from nextscale.align.objectives import seppo_loss
-from nextscale.align.prompts import DatasetPicture
+from nextscale.align.prompts import DatasetPicture, Prompt
 from nextscale.align.trajectory import Policy, Trajectory, map_rows
 from nextscale.align.units import trained_weights
 from nextscale.errors import UserError, require
@@ -45,8 +45,10 @@ class SePPO:
     Prompts are of examples:DATASET. Rewards are only measured. Left out of the paper: the bank of
     checkpoints, of which it draws one by chance; here the earlier policy is the one that drew the
     rollout (the paper's latest checkpoint), and its scores are computed then, so that it need not
-    be kept. For diffusion a pair therefore has one time and noise for all passes over its rollout.
-    The paper's code is not public in full: the sign rule is our reading.
+    be kept. So on the first step after a rollout no sample is liked better than before: signs
+    turn in later steps alone (`num_iterations`, or several steps to a rollout). For diffusion a
+    pair has one time and noise for all passes over its rollout. The paper's code is not public in
+    full: the sign rule is our reading.
 
     Args:
         settings: See there.
@@ -69,15 +71,13 @@ class SePPO:
         return ()
 
     def learn(self, rollout: Rollout) -> Experience:
-        """Scores of samples and given pictures by the policy that drew; all samples count.
-
-        Raises:
-            UserError: For prompts without a picture.
-        """
+        """Scores of samples and given pictures by the policy that drew; all samples count."""
         items = torch.arange(len(rollout.groups), device=rollout.groups.device)[:, None]
         self.given = self._given(rollout)
         parts = items[:, 0].split(_AT_ONCE)
-        old = torch.cat([self._scores(rollout, rows, self.policy.network) for rows in parts])
+        with torch.enable_grad():  # the same kernels as in training
+            scores = [self._scores(rollout, rows, self.policy.network).detach() for rows in parts]
+        old = torch.cat(scores)
         return Experience(rollout, items, torch.ones_like(rollout.total), {"old": old})
 
     def losses(
@@ -86,7 +86,10 @@ class SePPO:
         """The loss of some pairs."""
         rows = experience.items[examples, 0]
         scores = self._scores(experience.rollout, rows, network)
-        given, drawn = (scores - experience.columns["old"][rows]).unbind(1)
+        old = experience.columns["old"][rows]
+        if step == experience.rollout.trajectory.model_version:
+            old = scores.detach()  # the same policy: a rounding error must not decide the sign
+        given, drawn = (scores - old).unbind(1)
         loss, sign = seppo_loss(given, drawn, beta=self.beta, flip=self.settings.flip)
         metrics = {
             "ratios/given": float(given.detach().mean()),
@@ -100,15 +103,8 @@ class SePPO:
         images = rollout.trajectory.images
         assert images is not None
         each = grouped(rollout.total, rollout.groups).shape[1]
-        pixels = []
-        for prompt in rollout.prompts[::each]:
-            picture = prompt.metadata.get("picture")
-            if not isinstance(picture, DatasetPicture):
-                raise UserError(
-                    f'seppo compares samples with given pictures, and "{prompt.condition}" has '
-                    "none: use prompts such as examples:scenes"
-                )
-            pixels.append(picture.load(images.shape[2]))
+        pictures = check_pictures(rollout.prompts[::each])
+        pixels = [picture.load(images.shape[2]) for picture in pictures]
         conditions = map_rows(rollout.trajectory.conditions, lambda rows: rows[::each])
         found = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
         return self.policy.trajectory_of(found.to(images.device).float() / 255, conditions)
@@ -126,3 +122,21 @@ class SePPO:
                 mask = mask * self.weights.to(logp)
             sums.append((logp * mask).sum(1))
         return torch.stack(sums, dim=1)
+
+
+def check_pictures(prompts: Sequence[Prompt]) -> list[DatasetPicture]:
+    """The pictures that came with prompts.
+
+    Raises:
+        UserError: If one has none.
+    """
+    found = []
+    for prompt in prompts:
+        picture = prompt.metadata.get("picture")
+        if not isinstance(picture, DatasetPicture):
+            raise UserError(
+                f'seppo compares samples with given pictures, and "{prompt.condition}" has none: '
+                "use prompts such as examples:scenes"
+            )
+        found.append(picture)
+    return found

@@ -138,6 +138,14 @@ class Search(ABC):
             )
         self.reward, self.cost = reward, Cost()
 
+    def check(self, policy: Policy) -> None:
+        """Refuse settings that do not fit a policy.
+
+        Raises:
+            UserError: Says which.
+        """
+        return
+
     @abstractmethod
     def choose(self, drawer: Drawer) -> Sequence[int]:
         """Draw, and name one sample for each picture."""

@@ -10,6 +10,7 @@ import torch
 
 from nextscale.align.rewards.reward import AnyReward
 from nextscale.align.search.search import Drawer, Search
+from nextscale.align.trajectory import Policy
 from nextscale.errors import UserError, require
 from nextscale.streams import stream
 
@@ -84,16 +85,13 @@ class TreeSearch(Search):
         self.num_samples, self.steps, self.sharpness = num_samples, steps, sharpness
         self.greedy, self.exploration, self.width, self.growth = greedy, exploration, width, growth
 
+    def check(self, policy: Policy) -> None:
+        """See `Search`."""
+        self._steps(policy)
+
     def choose(self, drawer: Drawer) -> Sequence[int]:
         """See `Search`."""
-        last = drawer.policy.num_steps - 1
-        steps = list(range(1, min(4, last + 1)) if self.steps is None else self.steps)
-        if self.steps is None and drawer.policy.kind == "gaussian":
-            count = drawer.policy.num_steps
-            steps = sorted({count * k // 4 for k in (1, 2, 3)} - {0})
-        if steps and steps[-1] > last:
-            raise UserError(f"steps ends at {steps[-1]}; samples part at {last} at the latest")
-        bounds = [0, *steps]
+        bounds = [0, *self._steps(drawer.policy)]
         roots = [Node(0) for _ in drawer.seeds]
         for turn in range(self.num_samples):
             paths = [
@@ -112,6 +110,17 @@ class TreeSearch(Search):
                 for i, sample in zip(rows, found, strict=True):
                     self._grow(paths[i], sample, len(bounds), drawer.values[sample])
         return drawer.best()
+
+    def _steps(self, policy: Policy) -> list[int]:
+        """Where samples part."""
+        last = policy.num_steps - 1
+        steps = list(range(1, min(4, last + 1)) if self.steps is None else self.steps)
+        if self.steps is None and policy.kind == "gaussian":
+            count = policy.num_steps
+            steps = sorted({count * k // 4 for k in (1, 2, 3)} - {0})
+        if steps and steps[-1] > last:
+            raise UserError(f"steps ends at {steps[-1]}; samples part at {last} at the latest")
+        return steps
 
     def _select(self, root: Node, deepest: int, generator: torch.Generator) -> list[Node]:
         """From the root to the node that gets another child."""

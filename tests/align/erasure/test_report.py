@@ -166,7 +166,7 @@ def test_the_report_names_attacks_with_their_counts(
     assert result.report is not None
     attacks = result.report["concepts"][str(ERASED)]["attacks"]
     kinds = [row["attack"] for row in attacks]
-    assert kinds == ["sampling"] * 12 + ["prefix"] * 2 + ["soft prompt", "relearning"]
+    assert kinds == ["none"] + ["sampling"] * 12 + ["prefix"] * 2 + ["soft prompt", "relearning"]
     for row in attacks:
         low, high = row["interval"]
         assert row["n"] == 4
