@@ -5,7 +5,7 @@
 Suites: `modules` trains additive control (base frozen, and base trained too), adapters and a side
 network for each control type; `early` compares early-centric training with full training.
 
-Each run is the recipe of its control type cut to --steps steps of 32 pictures, in a process of its
+Each run is the recipe of its control type cut to --steps steps of 16 pictures, in a process of its
 own, then `nextscale eval --preset control` on held-out pictures that no run has seen. Runs in the
 results are not run again, nor those in --output_dir. Writes benchmarks/results/control_SUITE.json
 and, of the first seed, a strip of pictures, docs/images/control_modules.png.
