@@ -17,6 +17,7 @@ from torch import Tensor
 from nextscale import storage
 from nextscale.data.images import to_uint8
 from nextscale.errors import UserError
+from nextscale.processes import cpu_prefers_bfloat16
 from nextscale.streams import candidate_seeds, image_seeds
 from nextscale.tokenizers import MultiscaleVQ
 from nextscale.var import NextScaleTransformer, SamplingConfig, ScaleStep, sample
@@ -132,7 +133,8 @@ class NextScalePipeline:
         Args:
             pretrained_model_name_or_path: For example "scenes".
             device: Default: CUDA if there is one, else the CPU.
-            dtype: "auto" (bf16 on CUDA and on CPUs with AMX, else float32), or a dtype or its name.
+            dtype: "auto" (bf16 on CUDA and on CPUs that multiply in it, else float32), or a
+                dtype or its name.
             revision: Branch, tag or commit of a hub model.
             local_files_only: Do not go to the network.
 
@@ -239,8 +241,8 @@ class NextScalePipeline:
 
         Args:
             device: None: stay.
-            dtype: A dtype, its name, or "auto" (bf16 on CUDA and on CPUs with AMX, else float32);
-                None: as it is.
+            dtype: A dtype, its name, or "auto" (bf16 on CUDA and on CPUs that multiply in it, else
+                float32); None: as it is.
         """
         target = self.device if device is None else torch.device(device)
         resolved = self.dtype if dtype is None else resolve_dtype(dtype, target)
@@ -804,8 +806,8 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":
-        amx = device.type == "cpu" and torch.cpu.get_capabilities().get("amx_tile", False)
-        return torch.bfloat16 if device.type == "cuda" or amx else torch.float32
+        fast = cpu_prefers_bfloat16() if device.type == "cpu" else device.type == "cuda"
+        return torch.bfloat16 if fast else torch.float32
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in names:
         raise UserError(f'dtype must be auto, {", ".join(names)}, got "{dtype}"')

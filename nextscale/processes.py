@@ -96,6 +96,17 @@ def gather(value: T) -> list[T]:
     return values
 
 
+def cpu_prefers_bfloat16() -> bool:
+    """Whether this CPU has instructions that multiply bfloat16: AMX, or AVX-512 BF16.
+
+    With them bfloat16 takes a fifth to a half of float32's time; without them, more than float32.
+    """
+    import torch
+
+    abilities = torch.cpu.get_capabilities()
+    return bool(abilities.get("amx_bf16") or abilities.get("avx512_bf16"))
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep what is freed instead of returning it to the kernel; elsewhere a no-op.
 

@@ -46,7 +46,7 @@ class EncodeConfig(DataConfig):
     device: str | None = None
     """cpu, cuda, ...; None: a GPU if there is one."""
     dtype: str = "auto"
-    """float32, bfloat16, float16, or auto: bfloat16 on GPUs and CPUs with AMX."""
+    """float32, bfloat16, float16, or auto: bfloat16 on GPUs and CPUs that multiply in it."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "shard_size"):

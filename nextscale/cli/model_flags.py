@@ -69,4 +69,4 @@ class ModelFlags:
     device: str | None = None
     """cpu, cuda, cuda:1, ...; None: a GPU if there is one."""
     dtype: str = "auto"
-    """float32, bfloat16, float16, or auto: bfloat16 on GPUs and CPUs with AMX."""
+    """float32, bfloat16, float16, or auto: bfloat16 on GPUs and CPUs that multiply in it."""

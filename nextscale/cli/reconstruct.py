@@ -42,7 +42,7 @@ class ReconstructConfig(DataConfig):
     device: str | None = None
     """cpu, cuda, ...; None: a GPU if there is one."""
     dtype: str = "auto"
-    """float32, bfloat16, float16, or auto: bfloat16 on GPUs and CPUs with AMX."""
+    """float32, bfloat16, float16, or auto: bfloat16 on GPUs and CPUs that multiply in it."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:

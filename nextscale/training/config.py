@@ -50,7 +50,7 @@ class TrainingConfig:
     """Clip the global gradient norm of each optimizer; None: off."""
 
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
-    """auto: bf16 on CUDA and on CPUs with AMX, else no."""
+    """auto: bf16 on CUDA and on CPUs that multiply in it (AMX, AVX-512 BF16), else no."""
     compile: bool = False
     """Compile the modules with torch.compile."""
     use_ema: bool = True

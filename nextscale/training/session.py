@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from nextscale.errors import UserError, missing_extra
+from nextscale.processes import cpu_prefers_bfloat16
 from nextscale.training import checkpoint, record
 from nextscale.training.batches import global_batch_size
 from nextscale.training.config import TrainingConfig
@@ -98,7 +99,7 @@ def resolve_precision(mixed_precision: str) -> str:
         return mixed_precision
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    return "bf16" if torch.cpu.get_capabilities().get("amx_tile", False) else "no"
+    return "bf16" if cpu_prefers_bfloat16() else "no"
 
 
 def open_accelerator(

@@ -212,6 +212,7 @@ def settings(folder: Path, model: Path, **changes: Any) -> AlignConfig:
         "num_validation_prompts": 2,
         "validation_steps": 1,
         "report_to": "none",
+        "mixed_precision": "no",
         "logging_steps": 1,
     }
     return AlignConfig(**{**values, **changes})

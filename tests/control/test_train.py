@@ -42,6 +42,7 @@ def config(model: Path, folder: Path, **changes: Any) -> ControlTrainingConfig:
         "additive": AdditiveConfig(encoder=SMALL, num_sites=2),
         "num_validation_images": 8,
         "report_to": "none",
+        "mixed_precision": "no",
         "logging_steps": 1,
         "use_ema": False,
     }

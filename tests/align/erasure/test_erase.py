@@ -47,6 +47,7 @@ def config(model: Path, folder: Path, **changes: Any) -> EraseConfig:
         "logging_steps": 20,
         "window_smallest": 5,
         "num_eval_prompts": 0,
+        "mixed_precision": "no",
     }
     return EraseConfig(**{**values, **changes})
 

@@ -103,6 +103,7 @@ def config(world: Path, folder: Path, **changes: Any) -> EraseConfig:
         "retain_weight": 10.0,
         "window_smallest": 5,
         "report_to": "none",
+        "mixed_precision": "no",
         "num_eval_prompts": 80,
         "num_eval_images": 1,
         "attacks": False,
