@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from nextscale.errors import UserError
-from nextscale.pipeline import NextScalePipeline
+from nextscale.pipeline import NextScalePipeline, resolve_dtype
 from nextscale.streams import candidate_seeds, image_seeds
 from nextscale.tokenizers import MultiscaleVQ
+from nextscale.training.session import resolve_precision
 from nextscale.var import NextScaleTransformer, SamplingConfig, WordConditioner
 
 
@@ -177,3 +178,22 @@ def test_image_seeds_stay_in_range_for_any_generator() -> None:
     for seed in range(200):
         seeds = image_seeds(None, torch.Generator().manual_seed(seed), 100)
         assert max(seeds) < 2**32
+
+
+@pytest.mark.parametrize(
+    ("abilities", "dtype", "precision"),
+    [
+        ({"amx_bf16": True}, torch.bfloat16, "bf16"),
+        ({"amx_bf16": False, "avx512_bf16": True}, torch.bfloat16, "bf16"),
+        ({"avx512_f": True, "amx_tile": True}, torch.float32, "no"),
+        ({}, torch.float32, "no"),
+    ],
+)
+def test_auto_is_bfloat16_where_the_cpu_multiplies_in_it(
+    abilities: dict[str, bool], dtype: torch.dtype, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: abilities)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_dtype("auto", torch.device("cpu")) == dtype
+    assert resolve_precision("auto") == precision
+    assert resolve_dtype("float16", torch.device("cpu")) == torch.float16
