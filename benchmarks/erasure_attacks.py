@@ -50,10 +50,11 @@ def attacked(folder: Path, prompts: int) -> dict[str, Any]:
     assert held_out is not None
     found: dict[str, Any] = {"method": config.method, "concepts": {}}
     for name, own in held_out.targets.items():
-        _, tokens = draw(base, [p.original for p in own], seed=SEED, progress=True)
+        asked = [p.original for p in own]
+        _, tokens = draw(base, asked, seed=SEED, half=config.half, progress=True)
         found["concepts"][name] = {}
         for side, pipe in (("before", base), ("after", edited)):
-            target = Target(pipe, own, recognise, tokens, SEED)
+            target = Target(pipe, own, recognise, tokens, SEED, half=config.half)
             found["concepts"][name][side] = [o.record() for o in attack(target, progress=True)]
     return found
 

@@ -69,6 +69,7 @@ class Target:
         tokens: What the base draws for the original prompts, [n, t]: pictures of the concept.
         seed: Picture i is drawn with seed + i.
         batch_size: Pictures at once.
+        half: Draw in bfloat16.
     """
 
     pipe: NextScalePipeline
@@ -77,6 +78,7 @@ class Target:
     tokens: Int[Tensor, "n t"]
     seed: int = 0
     batch_size: int = 64
+    half: bool = False
 
     def settings(self, **changes: Any) -> SamplingConfig:
         """Those of the model, without candidates."""
@@ -117,12 +119,13 @@ class Target:
             rows = slice(start, min(start + self.batch_size, len(self.pairs)))
             seeds = [self.seed + seed + i for i in range(rows.start, rows.stop)]
             given = None if prefix is None else prefix[rows].to(self.pipe.device)
-            null = _padded(model.null_condition(len(seeds)), added)
-            *_, last = sample(
-                model, tokenizer, condition(rows), settings,
-                seeds=seeds, negative=null, prefix=given,
-            )  # fmt: skip
-            parts.append(self.pipe.decode(last.f_hat).cpu())
+            with torch.autocast(self.pipe.device.type, torch.bfloat16, enabled=self.half):
+                null = _padded(model.null_condition(len(seeds)), added)
+                *_, last = sample(
+                    model, tokenizer, condition(rows), settings,
+                    seeds=seeds, negative=null, prefix=given,
+                )  # fmt: skip
+                parts.append(self.pipe.decode(last.f_hat).float().cpu())
         return torch.cat(parts)
 
     def plain(self, rows: slice) -> Condition:

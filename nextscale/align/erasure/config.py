@@ -7,6 +7,7 @@ from typing import Literal
 
 from nextscale.errors import UserError, require
 from nextscale.training import TrainingConfig
+from nextscale.training.session import resolve_precision
 
 METHODS = ("ear", "svare", "sace", "d2o", "uce", "class_swap")
 CLOSED_FORM = ("uce", "class_swap")
@@ -126,6 +127,11 @@ class EraseConfig(TrainingConfig):
     """Updates."""
     train_batch_size: int = 8
     """Pictures per device and micro-batch."""
+
+    @property
+    def half(self) -> bool:
+        """Whether pictures are drawn in bfloat16, as the training multiplies."""
+        return resolve_precision(self.mixed_precision) in ("bf16", "fp16")
 
     def __post_init__(self) -> None:
         super().__post_init__()

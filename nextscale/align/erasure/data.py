@@ -48,6 +48,7 @@ def draw_pairs(
     *,
     seed: int = 0,
     batch_size: int = 64,
+    half: bool = False,
     progress: bool = False,
 ) -> Drawn:
     """Draw both prompts of every pair by the base; keep what shows what its prompt says.
@@ -62,15 +63,16 @@ def draw_pairs(
         recognise: Whether a picture shows its pair's concept; None: nothing is filtered.
         seed: Picture i of either prompt is drawn with seed + i.
         batch_size: Pictures at once.
+        half: Multiply in bfloat16.
         progress: Show bars.
 
     Raises:
         UserError: If the base cannot draw a concept, or nothing is left.
     """
     every = [pair for pair in pairs for _ in range(num_pictures)]
-    sides = []
-    for prompts in ([p.original for p in every], [p.modified for p in every]):
-        sides.append(draw(pipe, prompts, seed=seed, batch_size=batch_size, progress=progress))
+    given: dict[str, Any] = {"batch_size": batch_size, "half": half, "progress": progress}
+    prompts = ([p.original for p in every], [p.modified for p in every])
+    sides = [draw(pipe, side, seed=seed, **given) for side in prompts]
     keep = np.ones(len(every), bool)
     shown = keep
     if recognise is not None:
@@ -105,13 +107,15 @@ def draw(
     *,
     seed: int,
     batch_size: int = 64,
+    half: bool = False,
     progress: bool = False,
 ) -> tuple[Float[Tensor, "n 3 H W"], Int[Tensor, "n t"]]:
     """Pictures in [0, 1] and tokens of prompts or labels, without candidates."""
     by_prompt = pipe.transformer.conditioner.prompts
     given: dict[str, Any] = {"prompt" if by_prompt else "class_labels": list(prompts)}
-    out = pipe(
-        **given, num_candidates=1, seed=seed, batch_size=batch_size, output_type="pt",
-        progress=progress,
-    )  # fmt: skip
+    with torch.autocast(pipe.device.type, torch.bfloat16, enabled=half):
+        out = pipe(
+            **given, num_candidates=1, seed=seed, batch_size=batch_size, output_type="pt",
+            progress=progress,
+        )  # fmt: skip
     return out.images, out.tokens  # pyright: ignore[reportReturnType]

@@ -110,7 +110,8 @@ class EraseReport:
 
     def draw(self, pipe: NextScalePipeline, asked: Sequence[Asked]) -> tuple[Tensor, Tensor]:
         """Pictures and tokens, `num_eval_images` in a row for each."""
-        return draw(pipe, self._repeated(asked), seed=_SEED, progress=self.progress)
+        half = self.config.half
+        return draw(pipe, self._repeated(asked), seed=_SEED, half=half, progress=self.progress)
 
     def _repeated(self, entries: Sequence[Any]) -> list[Any]:
         return [entry for entry in entries for _ in range(self.config.num_eval_images)]
@@ -218,7 +219,8 @@ class EraseReport:
         self, edited: NextScalePipeline, name: str, pairs: list[ConceptPair]
     ) -> list[Outcome]:
         tokens = self.before[name][1][:: self.config.num_eval_images]
-        target = Target(edited, pairs, next(iter(self.recognisers.values())), tokens, _SEED)
+        recognise, half = next(iter(self.recognisers.values())), self.config.half
+        target = Target(edited, pairs, recognise, tokens, _SEED, half=half)
         return attack(target, self.attack_prompts, progress=self.progress)
 
     def _grids(self, after: Mapping[str, tuple[Tensor, Tensor]], folder: Path) -> None:

@@ -79,6 +79,7 @@ def erase(config: EraseConfig, *, progress: bool = True) -> EraseResult:
         config.num_pictures,
         recognise if config.filter_pairs else None,
         seed=config.seed,
+        half=config.half,
         progress=progress,
     )
     retain = _retain(config, pipe, drawn.pairs)
@@ -241,7 +242,7 @@ def _retain(config: EraseConfig, pipe: NextScalePipeline, pairs: Sequence[Concep
     kept: list[Any] = [c for c in asked if c not in refused][: config.num_retain]
     if not kept:
         return empty
-    tokens = draw(pipe, kept, seed=config.seed + 1_000_000)[1]
+    tokens = draw(pipe, kept, seed=config.seed + 1_000_000, half=config.half)[1]
     return Retained(kept, tokens)
 
 
