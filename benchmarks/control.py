@@ -49,6 +49,7 @@ SUITES: dict[str, dict[str, tuple[str, float]]] = {  # flags, and steps in units
         "early-centric, uniform": ("--architecture adapter --early_decay 0", 1.25),
     },
 }
+PAIR = ("floor", "control")
 SHOWN = 2  # pictures of each type in the strip
 
 
@@ -164,6 +165,31 @@ def strip(rows: list[str], folders: dict[tuple[str, str], Path], path: Path) -> 
     save_grid(torch.stack(tiles), path, columns=len(rows) + 3, captions=captions)
 
 
+def markdown(table: dict[str, Any]) -> str:
+    """Means over the seeds; in brackets the lowest and the highest."""
+    lines = ["| control | module | agreement | gap closed | prompts right | fd_scenes | minutes |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for kind in TYPES:
+        for name, kinds in table.items():
+            runs = list(kinds.get(kind, {}).values())
+            if not runs:
+                continue
+            sides = [run["quality"] for run in runs]
+            shown = [run["control"] for run in runs]
+            gaps = [100 * run["gap_closed"] for run in runs]
+            cells = [
+                f"{statistics.mean(shown):.3g} ({min(shown):.3g} to {max(shown):.3g})",
+                f"{statistics.mean(gaps):.0f} % ({min(gaps):.0f} to {max(gaps):.0f})",
+                *(
+                    " to ".join(f"{statistics.mean(s[x][key] for s in sides):.3g}" for x in PAIR)
+                    for key in ("prompt_accuracy", "fd_scenes")
+                ),
+                f"{statistics.mean(run['minutes'] for run in runs):.1f}",
+            ]
+            lines.append(f"| {kind} | {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def results(output: Path) -> dict[str, Any]:
     """Row -> control type -> seed -> what was found, so far."""
     return json.loads(output.read_text())["rows"] if output.is_file() else {}
@@ -212,6 +238,7 @@ def main() -> None:
                     "rows": table,
                 }
                 storage.write_json(output, result)
+    print(markdown(results(output)))
     folders = {(n, k): folder_of(n, k, options.seeds[0], options) for n in names for k in TYPES}
     if options.suite == "modules" and all(f.is_dir() for f in folders.values()):
         strip(names, folders, Path(options.strip))
