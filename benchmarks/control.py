@@ -143,7 +143,7 @@ def read(folder: Path, kind: str) -> dict[str, Any]:
 
 
 def strip(rows: list[str], folders: dict[tuple[str, str], Path], path: Path) -> None:
-    """Rows: pictures; columns: map, without control, each module, the real picture."""
+    """Rows: pictures; columns: map, no control, each module, the bundled one, the real picture."""
     tiles, captions = [], []
     source = open_source("scenes", resolution=64, split="validation")
     batch = source.load(np.arange(SHOWN * len(TYPES)))
@@ -155,14 +155,13 @@ def strip(rows: list[str], folders: dict[tuple[str, str], Path], path: Path) -> 
         given: dict[str, Any] = {"seed": 0, "num_candidates": 1, "output_type": "pt"}
         base = NextScalePipeline.from_pretrained("scenes")
         columns = [maps, base(batch.captions[own], **given).images]
-        for name in rows:
-            pipe = opened(folders[name, kind], kind)
+        for pipe in (*(opened(folders[name, kind], kind) for name in rows), base):
             controls = {"control_image": maps, "control_type": kind}
             columns.append(pipe(batch.captions[own], **given, **controls).images)
         columns.append(real.float() / 255)
         tiles += [column[i] for i in range(SHOWN) for column in columns]
-        captions += [kind, "no control", *rows, "real"] * SHOWN
-    save_grid(torch.stack(tiles), path, columns=len(rows) + 3, captions=captions)
+        captions += [kind, "no control", *rows, "bundled", "real"] * SHOWN
+    save_grid(torch.stack(tiles), path, columns=len(rows) + 4, captions=captions)
 
 
 def markdown(table: dict[str, Any]) -> str:

@@ -339,8 +339,8 @@ class NextScalePipeline:
         if found is None:
             have = ", ".join(self._controls) or "none"
             raise UserError(
-                f'there is no control "{name}" (loaded: {have}); use one of these, or '
-                "load_control(path) first"
+                f'there is no control "{name}" (loaded: {have}); use one of these, or load one '
+                "of your own: load_control(path), --control FOLDER"
             )
         if isinstance(found, Path):
             from nextscale.control import read_control

@@ -49,12 +49,16 @@ class ControlFlags(ControlGuidanceFlags):
             if not given and name != "control_end":
                 raise UserError(f"{name} has no value; give one, or leave it out")
             if given > 1 and given != count:
-                raise UserError(f"{given} values of {name} for {count} controls; pass 1 or {count}")
-        for path in (*self.control_image, *([self.control_mask] if self.control_mask else [])):
+                wanted = "pass one" if count == 1 else f"pass 1 or {count}"
+                raise UserError(f"{given} values of {name}, {count} of control_image; {wanted}")
+        files = [("control_image", path) for path in self.control_image]
+        files += [("control_mask", self.control_mask)] if self.control_mask else []
+        for name, path in files:
             if not Path(path).is_file():
-                raise UserError(f"control image {path} is no file")
+                raise UserError(f"{name}: {path} is no file")
         usual = ControlFlags.__dataclass_fields__
         for name in (
+            "control",
             "control_scale",
             "control_start",
             "control_end",

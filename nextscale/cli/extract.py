@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from nextscale.cli.flags import parse
 from nextscale.cli.recipes import to_yaml
 from nextscale.control.conditions import ExtractorSettings, open_extractor
 from nextscale.errors import UserError, require
+
+log = logging.getLogger(__name__)
 
 ABOUT = (
     "Make control maps of images: canny, softedge, scribble, depth, normal, segmentation, lowres, "
@@ -69,6 +72,7 @@ def run(command: str, arguments: list[str]) -> int:
     with storage.os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     written: list[str] = []
+    plain = 0
     try:
         for path, name in tqdm(paths, desc=extractor.type, disable=not output.bar()):
             found = extractor(_read(path, config.resolution)[None])[0]
@@ -80,27 +84,35 @@ def run(command: str, arguments: list[str]) -> int:
                 {"nextscale": json.dumps(extractor.record())},
             )
             written.append(str(target))
+            plain += int(np.ptp(found, axis=(1, 2)).max() == 0)
     except KeyboardInterrupt as error:
         raise Interrupted(f"interrupted; {len(written)} maps in {folder}") from error
+    if plain:
+        log.warning(
+            "%d of %d maps are of one colour: nothing was found in these pictures%s",
+            plain, len(written),
+            f" (the {extractor.name} reads scenes; for photos name a model, {extractor.type}:"
+            "OWNER/MODEL)" if "scenes" in extractor.name else "",
+        )  # fmt: skip
     record: dict[str, Any] = {"type": extractor.type, **extractor.record()}
     storage.write_json(folder / "extractor.json", record)
     output.figures(
         {"output_dir": str(folder), "num_maps": len(written), "maps": written, **record},
-        f"{len(written)} maps in {folder} ({extractor.name}; {extractor.polarity})",
+        f"maps in {folder}: {len(written)} ({extractor.name}; {extractor.polarity})",
     )
     return 0
 
 
 def _paths(given: tuple[str, ...]) -> list[tuple[Path, str]]:
     """Pictures and the names of their maps."""
-    from nextscale.data.images import list_images
+    from nextscale.data.images import is_sheet, list_images
 
     if not given:
         raise UserError("pass the pictures, or a folder of them: nextscale extract photos ...")
     found: list[tuple[Path, str]] = []
     for place in map(Path, given):
         if place.is_dir():
-            for path in list_images(place):
+            for path in (p for p in list_images(place) if not is_sheet(p)):
                 found.append((path, str(path.relative_to(place).with_suffix(".png"))))
         elif place.is_file():
             found.append((place, f"{place.stem}.png"))

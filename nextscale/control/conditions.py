@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -113,7 +114,8 @@ def open_extractor(spec: str, **settings: Any) -> Extractor:
     try:
         return replace(EXTRACTORS[kind](source, **settings), spec=spec)
     except TypeError as error:
-        raise UserError(f"control type {spec}: {str(error).split('() ')[-1]}") from error
+        reason = str(error).split("() ")[-1].replace("got an unexpected keyword argument", "has no")
+        raise UserError(f"control type {spec}: {reason}") from error
 
 
 def _canny(source: str, low: float = 100, high: float = 200) -> Extractor:
@@ -322,6 +324,8 @@ def suspect_map(kind: str, map_: Float[np.ndarray, "3 H W"]) -> str | None:
     Photos given where a map is expected, and maps with black and white exchanged, are the most
     frequent mistakes with control.
     """
+    if float(np.ptp(map_, axis=(1, 2)).max()) == 0:
+        return "it is of one colour, so that there is nothing to follow"
     colourful = float(np.ptp(map_, axis=0).mean())
     grey = map_.mean(axis=0)
     if kind in ("canny", "scribble", "softedge", "hed", "lineart", "pidi"):
@@ -351,6 +355,8 @@ def suspect_map(kind: str, map_: Float[np.ndarray, "3 H W"]) -> str | None:
         number = pixels[0] * 65536 + pixels[1] * 256 + pixels[2]
         if len(np.unique(number)) > max(64, number.size // 50):
             return "it has more colours than classes; extract a segmentation first"
+        if (map_.min(axis=0) > 0.99).mean() > 0.005:
+            return "it has white, the colour of no class; extract a segmentation first"
     return None
 
 
@@ -400,6 +406,8 @@ def _transformers_segmentation(source: str) -> Callable[[np.ndarray], np.ndarray
 
 def _transformers_model(kind: str, source: str, *classes: str) -> tuple[Any, Any]:
     """Processor and model of the first class that takes it."""
+    if "/" not in source and not Path(source).is_dir():
+        raise UserError(f'{kind}: "{source}" is neither scenes, nor a folder, nor OWNER/MODEL')
     try:
         import transformers
     except ImportError as error:

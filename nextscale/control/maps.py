@@ -82,7 +82,7 @@ def attach_all(
             )
         rows = torch.arange(count) // (count // len(maps))
         if control.mask is not None:
-            control = replace(control, mask=as_mask(control.mask))
+            control = replace(control, mask=as_mask(control.mask, module.record.resolution))
         attached.append(attach(module, maps, control, rows))
     return attached
 
@@ -107,17 +107,12 @@ def as_maps(given: Any, kind: str, resolution: tuple[int, int]) -> Float[Tensor,
     for map_ in maps[:1]:
         if reason := suspect_map(kind, map_.numpy()):
             log.warning(
-                "the control image is probably no map of the type %s: %s (nextscale extract)",
-                kind, reason,
+                "%s: the control image is probably no map of this type: %s", kind, reason
             )  # fmt: skip
     size = (maps.shape[2], maps.shape[3])
     if size == resolution:
         return maps
-    if abs(size[0] * resolution[1] - size[1] * resolution[0]) > max(size) * 0.02 * max(resolution):
-        raise UserError(
-            f"the control image has {size[1]} x {size[0]} pixels, another aspect than the model's "
-            f"{resolution[1]} x {resolution[0]}; crop it first"
-        )
+    _check_aspect("control image", size, resolution)
     log.warning(
         "the control image has %d x %d pixels and is resized to %d x %d",
         size[1], size[0], resolution[1], resolution[0],
@@ -128,14 +123,29 @@ def as_maps(given: Any, kind: str, resolution: tuple[int, int]) -> Float[Tensor,
     return F.interpolate(maps, size=resolution, mode="area" if shrink else "bilinear")
 
 
-def as_mask(given: Any) -> Tensor:
-    """A strength mask [H, W] in [0, 1] of a PIL image, an array or a tensor."""
+def as_mask(given: Any, resolution: tuple[int, int]) -> Tensor:
+    """A strength mask [H, W] in [0, 1] of a PIL image, an array or a tensor.
+
+    Raises:
+        UserError: If it is no single picture, or has another aspect than (height, width).
+    """
     if isinstance(given, Tensor) and given.ndim == 2:
-        return given.float().cpu()
+        given = given[None]
     masks = _tensor(given, "mask")
     if len(masks) != 1:
         raise UserError(f"a control has one mask for all pictures, got {len(masks)}")
+    _check_aspect("control mask", (masks.shape[2], masks.shape[3]), resolution)
+    if float((masks.amax(dim=1) - masks.amin(dim=1)).mean()) > 0.02:
+        log.warning("the control mask has colours and is read as grey: white is 1, black 0")
     return masks[0].mean(dim=0)
+
+
+def _check_aspect(what: str, size: tuple[int, int], resolution: tuple[int, int]) -> None:
+    if abs(size[0] * resolution[1] - size[1] * resolution[0]) > max(size) * 0.02 * max(resolution):
+        raise UserError(
+            f"the {what} has {size[1]} x {size[0]} pixels, another aspect than the model's "
+            f"{resolution[1]} x {resolution[0]}; crop it first"
+        )
 
 
 def _tensor(given: Any, kind: str) -> Float[Tensor, "m 3 H W"]:

@@ -38,14 +38,28 @@ def find_control(name: str | Path) -> Path:
     Raises:
         UserError: If there is none, or a run that trained its base too.
     """
-    folder = storage.resolve_model(name)
+    try:
+        folder = storage.resolve_model(name)
+    except UserError as error:
+        if error.exit_code != 2:
+            raise
+        raise UserError(
+            f"{name} is no control module; give the folder of one, a run of "
+            "`nextscale train control`, or a hub id like owner/name"
+        ) from error
     inside = folder / "model"  # of a training run
     for place in (inside, folder):
         if (place / "model_index.json").is_file():
             raise UserError(
                 f"{name} holds a whole model, whose base was trained too: open it as the model"
             )
-    return inside if (inside / "config.json").is_file() else folder
+    for place in (inside, folder):
+        if (place / "config.json").is_file():
+            return place
+    raise UserError(
+        f"{name} holds no control module (config.json); give the folder of one, or a run of "
+        "`nextscale train control`"
+    )
 
 
 def read_control(folder: str | Path) -> ControlModule:

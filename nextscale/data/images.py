@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -90,6 +91,12 @@ def list_images(folder: str | Path) -> list[Path]:
     if not images:
         raise no_images(folder, len(others))
     return images
+
+
+def is_sheet(path: Path) -> bool:
+    """Grids and filmstrips that `nextscale generate` puts beside its pictures and recipe."""
+    named = path.name == "grid.png" or re.fullmatch(r"\d{6}_scales\.png", path.name)
+    return bool(named) and (path.parent / "recipe.yaml").is_file()
 
 
 def no_images(folder: str | Path, others: int) -> UserError:

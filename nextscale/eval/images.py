@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from nextscale import processes, storage
 from nextscale.data.formats import Columns, find_reader
-from nextscale.data.images import BadImage, decode, save_png, scan_folder
+from nextscale.data.images import BadImage, decode, is_sheet, save_png, scan_folder
 from nextscale.data.readers import FolderReader, Reader, read_folder
 from nextscale.data.tables import VALIDATION_NAMES
 from nextscale.data.tars import expand_tars
@@ -64,7 +63,7 @@ class FileImages:
         self.kinds: dict[int, str] = {}
         self.reader: Reader = _pictures_of(self.path) or find_reader(str(path), "all", Columns())[0]
         names = [self.reader.name(row) for row in range(len(self.reader))]
-        self.rows = [row for row, name in enumerate(names) if not _is_sheet(Path(name))]
+        self.rows = [row for row, name in enumerate(names) if not is_sheet(Path(name))]
         self.sheets = len(names) - len(self.rows)
         labels = self.reader.labels
         self.labels = None if labels is None else labels[self.rows]
@@ -118,12 +117,6 @@ def _pictures_of(folder: Path) -> FolderReader | None:
     if not pictures or (parts and all(path.parent != folder for path in pictures)):
         return None
     return read_folder(folder)
-
-
-def _is_sheet(path: Path) -> bool:
-    """Grids and filmstrips that `nextscale generate` puts beside its pictures and recipe."""
-    named = path.name == "grid.png" or re.fullmatch(r"\d{6}_scales\.png", path.name)
-    return bool(named) and (path.parent / "recipe.yaml").is_file()
 
 
 class ArrayImages:

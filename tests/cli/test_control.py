@@ -209,21 +209,26 @@ def test_two_controls_and_a_module_of_one_s_own(generate, controlled, models, ph
         ("--control_image MAP --control_type pose", 'no control "pose" (loaded: canny, depth)'),
         (f"{GIVEN} --control_scale 99", "control_scale is 99"),
         (f"{GIVEN} --control_start 7", "they must lie in 0..3"),
-        (f"{GIVEN} --control_scale 1 1", "2 values of control_scale for 1 controls"),
+        (f"{GIVEN} --control_scale 1 1", "2 values of control_scale, 1 of control_image; pass one"),
         ("--control_image WIDE --control_type canny", "another aspect"),
         ("--guess_mode", "guess_mode needs --control_image"),
         ("--control_scale 0.5", "control_scale needs --control_image"),
         ("--control_mask MAP", "control_mask needs --control_image"),
         ("--control_scale", "control_scale has no value"),
         ("--control_guidance_scale 2", "control_guidance_scale needs --control_image"),
-        ("--control /nowhere", "is no model"),
+        (f"{GIVEN} --control /nowhere", "/nowhere is no control module"),
+        (f"{GIVEN} --control EMPTY", "holds no control module"),
+        (f"{GIVEN} --control_mask WIDE", "control mask has 64 x 16 pixels, another aspect"),
+        (f"{GIVEN} --control_mask nowhere.png", "control_mask: nowhere.png is no file"),
+        ("--control EMPTY", "control needs --control_image"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(
     flags, message, generate, controlled, photos, tmp_path
 ) -> None:
     save_png(np.zeros((16, 64, 3), np.uint8), tmp_path / "wide.png")
-    places = {"MAP": photos / "0.png", "WIDE": tmp_path / "wide.png"}
+    (tmp_path / "empty").mkdir()
+    places = {"MAP": photos / "0.png", "WIDE": tmp_path / "wide.png", "EMPTY": tmp_path / "empty"}
     words = [places.get(word, word) for word in flags.split()]
     result = generate(PROMPT, "--model", controlled, *words)
     assert result.code == 2

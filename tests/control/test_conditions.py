@@ -106,7 +106,7 @@ def test_label_colours_are_read_back() -> None:
     [
         ("edges", {}, 'there is no control type "edges"; choose one of canny'),
         ("canny:x", {}, 'canny has one source, got "x"'),
-        ("canny", {"medium": 3}, "unexpected keyword argument 'medium'"),
+        ("canny", {"medium": 3}, "has no 'medium'"),
         ("inpaint", {"box": (0.5, 0, 0.2, 1)}, r"box is \(top, left, bottom, right\)"),
         ("depth:/nowhere/at all", {}, 'depth: "/nowhere/at all" cannot be loaded'),
     ],
@@ -159,7 +159,7 @@ def test_settings_out_of_range_are_refused(
 def test_maps_may_be_float_arrays() -> None:
     maps = np.random.default_rng(0).random((2, 3, 8, 8), np.float32)
     assert torch.equal(as_maps(maps, "lowres", (8, 8)), torch.from_numpy(maps))
-    torch.testing.assert_close(as_mask(maps[0, 0]), torch.from_numpy(maps[0, 0]))
+    torch.testing.assert_close(as_mask(maps[0, 0], (8, 8)), torch.from_numpy(maps[0, 0]))
 
 
 # ---- maps of a call --------------------------------------------------------------------------
@@ -183,7 +183,12 @@ def test_suspicious_maps_are_named(caplog: pytest.LogCaptureFixture) -> None:
     assert "unit vectors" in str(suspect_map("normal", depth))
     with caplog.at_level(logging.WARNING, logger="nextscale"):
         as_maps(torch.from_numpy(1 - canny), "canny", (64, 64))
-    assert "probably no map of the type canny" in caplog.text
+    assert "canny: the control image is probably no map of this type" in caplog.text
+    for kind in ("canny", "depth", "segmentation"):
+        assert "one colour" in str(suspect_map(kind, np.zeros((3, 64, 64), np.float32)))
+    assert "white" in str(suspect_map("segmentation", canny))
+    for picture in PICTURES[:8]:
+        assert suspect_map("segmentation", open_extractor("segmentation")(picture[None])[0]) is None
 
 
 def test_maps_of_all_kinds_of_input_are_alike() -> None:

@@ -321,7 +321,8 @@ def test_adaptive_guidance_is_each_pictures_own(
         if step.scale == 1:
             sides = [x.softmax(-1) for x in (step.conditional, step.logits)]
             moved = (sides[0] - sides[1]).abs().sum(-1).mean(-1) / 2
-    threshold = float(torch.as_tensor(moved).median())  # about half of the pictures go on guided
+    ordered = torch.as_tensor(moved).sort().values  # half of the pictures go on guided; none is on
+    threshold = float(ordered[7:9].mean())  # the threshold itself, where rounding would decide
     given: dict[str, Any] = {"class_labels": labels, "guidance_threshold": threshold}
     whole = pipe(seed=0, **given).tokens
     assert torch.equal(pipe(seed=0, batch_size=4, **given).tokens, whole)
