@@ -5,6 +5,8 @@
 Suites: `modules` trains additive control (base frozen, and base trained too), adapters and a side
 network for each control type; `early` compares early-centric training with full training.
 
+`cost` measures what the modules of the first seed add to a call, on free cores.
+
 Each run is the recipe of its control type cut to --steps steps of 16 pictures, in a process of its
 own, then `nextscale eval --preset control` on held-out pictures that no run has seen. Runs in the
 results are not run again, nor those in --output_dir. Writes benchmarks/results/control_SUITE.json
@@ -28,6 +30,7 @@ import numpy as np
 import torch
 from control_overhead import Multiplications
 from sampling import _cpu_name
+from tqdm import tqdm
 
 from nextscale import storage
 from nextscale.control import open_extractor
@@ -93,31 +96,44 @@ def opened(folder: Path, kind: str) -> NextScalePipeline:
     return pipe
 
 
-def cost(folder: Path, kind: str) -> dict[str, float]:
-    """Of a call with control beside one without: time, and multiplications, encoder included."""
-    pipe = opened(folder, kind)
+def cost(rows: list[str], folders: dict[str, Path], kind: str, rounds: int) -> dict[str, Any]:
+    """Calls with 8 maps beside calls without, in turns: medians of time, and multiplications.
+
+    Cores must be free: times of shared ones mean nothing.
+    """
+    pipes = {"none": NextScalePipeline.from_pretrained("scenes")}
+    pipes |= {name: opened(folders[name], kind) for name in rows}
     prompts = ["a red circle left of a blue square"] * 8
     given: dict[str, Any] = {"num_candidates": 1, "seed": 0, "output_type": "pt"}
-    controls = {"control_image": torch.zeros(3, 64, 64), "control_type": kind}
-    times: dict[bool, list[float]] = {False: [], True: []}
+    maps = (torch.rand(8, 3, 64, 64) > 0.9).float().amax(1, keepdim=True).expand(-1, 3, -1, -1)
+    controls = {"control_image": maps, "control_type": kind}
+    times: dict[str, list[float]] = {name: [] for name in pipes}
     counts = {}
-    for _ in range(6):
-        for controlled, seconds in times.items():
+    for _ in tqdm(range(rounds + 1)):
+        for name, pipe in pipes.items():
             with Multiplications() as counter:
                 start = time.perf_counter()
-                pipe(prompts, **given, **(controls if controlled else {}))
-                seconds.append(time.perf_counter() - start)
-            counts[controlled] = counter.count
-    plain, more = (statistics.median(times[c][1:]) for c in (False, True))
-    module = pipe.control(kind)
-    encoder = sum(p.numel() for p in module.encoder.parameters())
-    return {
-        "module_parameters": sum(p.numel() for p in module.parameters()),
-        "of_these_encoder": encoder,
-        "extra_time": more / plain - 1,
-        "extra_milliseconds_per_picture": 1000 * (more - plain) / len(prompts),
-        "extra_multiplications": counts[True] / counts[False] - 1,
-    }
+                pipe(prompts, **given, **({} if name == "none" else controls))
+                times[name].append(time.perf_counter() - start)
+            counts[name] = counter.count
+    plain = statistics.median(times["none"][1:])
+    found: dict[str, Any] = {"none": {"milliseconds_per_picture": 1000 * plain / len(prompts)}}
+    for name in rows:
+        more = statistics.median(times[name][1:])
+        whole = (folders[name] / "model" / "model_index.json").is_file()
+        module = pipes[name].control(kind)
+        own, encoder = (
+            sum(p.numel() for p in part.parameters()) for part in (module, module.encoder)
+        )
+        base = sum(p.numel() for p in pipes[name].transformer.parameters())
+        found[name] = {
+            "trained_parameters": own + base * whole,
+            "of_these_encoder": encoder,
+            "extra_time": more / plain - 1,
+            "extra_milliseconds_per_picture": 1000 * (more - plain) / len(prompts),
+            "extra_multiplications": counts[name] / counts["none"] - 1,
+        }
+    return found
 
 
 def read(folder: Path, kind: str) -> dict[str, Any]:
@@ -138,7 +154,6 @@ def read(folder: Path, kind: str) -> dict[str, Any]:
         "minutes": logged[-1]["seconds"] / 60,
         "images": images,
         "tokens": images * statistics.mean(line["tokens"] for line in logged),
-        **cost(folder, kind),
     }
 
 
@@ -183,7 +198,7 @@ def markdown(table: dict[str, Any]) -> str:
                     " to ".join(f"{statistics.mean(s[x][key] for s in sides):.3g}" for x in PAIR)
                     for key in ("prompt_accuracy", "fd_scenes")
                 ),
-                f"{statistics.mean(run['minutes'] for run in runs):.1f}",
+                f"{statistics.median(run['minutes'] for run in runs):.1f}",
             ]
             lines.append(f"| {kind} | {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -194,22 +209,44 @@ def results(output: Path) -> dict[str, Any]:
     return json.loads(output.read_text())["rows"] if output.is_file() else {}
 
 
+def write(output: Path, options: argparse.Namespace, rows: dict[str, Any]) -> None:
+    """The results, with what they were made on."""
+    words = f"python benchmarks/control.py --suite {options.suite}"
+    if options.suite != "cost":
+        words += f" --steps {options.steps} --images {options.images}"
+    result = {
+        "command": words,
+        "hardware": _cpu_name(),
+        "threads": int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())),
+        "versions": {"torch": version("torch")},
+        "rows": rows,
+    }
+    storage.write_json(output, result)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--suite", default="modules", choices=list(SUITES))
+    parser.add_argument("--suite", default="modules", choices=[*SUITES, "cost"])
     parser.add_argument("--rows", nargs="+", help="some rows of the suite; otherwise all")
     parser.add_argument("--types", nargs="+", default=None, choices=TYPES)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 100_000, 200_000])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--images", type=int, default=200, help="held-out pictures")
+    parser.add_argument("--rounds", type=int, default=20, help="calls of each module, for cost")
     parser.add_argument("--output_dir", default="runs/control")
     parser.add_argument("--output", help="otherwise benchmarks/results/control_SUITE.json")
     parser.add_argument("--strip", default="docs/images/control_modules.png")
     options = parser.parse_args()
-    suite = SUITES[options.suite]
+    suite = SUITES["modules" if options.suite == "cost" else options.suite]
     names = options.rows or list(suite)
     kinds = options.types or (TYPES if options.suite == "modules" else TYPES[:1])
     output = Path(options.output or f"benchmarks/results/control_{options.suite}.json")
+    if options.suite == "cost":
+        kind = kinds[0]
+        found = {n: folder_of(n, kind, options.seeds[0], options) for n in names}
+        write(output, options, cost(names, found, kind, options.rounds))
+        print(output.read_text())
+        return
     for seed in options.seeds:
         for kind in kinds:
             for name in names:
@@ -228,15 +265,7 @@ def main() -> None:
                 print(name, kind, seed, json.dumps(found), flush=True)
                 table = results(output)  # anew: another process may have added to it
                 table.setdefault(name, {}).setdefault(kind, {})[str(seed)] = found
-                result = {
-                    "command": f"python benchmarks/control.py --suite {options.suite} "
-                    f"--steps {options.steps} --images {options.images}",
-                    "hardware": _cpu_name(),
-                    "threads": int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())),
-                    "versions": {"torch": version("torch")},
-                    "rows": table,
-                }
-                storage.write_json(output, result)
+                write(output, options, table)
     print(markdown(results(output)))
     folders = {(n, k): folder_of(n, k, options.seeds[0], options) for n in names for k in TYPES}
     if options.suite == "modules" and all(f.is_dir() for f in folders.values()):

@@ -58,6 +58,12 @@ class Multiplications(TorchFunctionMode):
             self.count += out.numel() * args[1].shape[1]
         elif func in (F.conv2d, torch.conv2d):
             self.count += out.numel() * args[1][0].numel()
+        elif func is F.multi_head_attention_forward:  # its four projections, inside one call
+            self.count += 4 * args[0].numel() * args[0].shape[-1]
+        elif func is torch._transformer_encoder_layer_fwd:  # a layer in one kernel
+            self.count += args[0].shape[:2].numel() * sum(
+                w.numel() for w in args[1:] if isinstance(w, Tensor) and w.ndim == 2
+            )
         return out
 
 
