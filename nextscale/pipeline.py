@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -246,6 +247,8 @@ class NextScalePipeline:
         """
         target = self.device if device is None else torch.device(device)
         resolved = self.dtype if dtype is None else resolve_dtype(dtype, target)
+        if self._controls and resolved == torch.float16 != self.dtype:
+            self._fingerprint = self._base()  # which float16 would round
         self.transformer.to(target, resolved)
         self.tokenizer.to(target).to_dtype(resolved)
         for module in self._controls.values():
@@ -321,6 +324,8 @@ class NextScalePipeline:
     def add_control(self, module: ControlModule, name: str | None = None) -> str:
         """The same with an open module."""
         name = name or module.record.type
+        if not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
+            raise UserError(f'"{name}" cannot name a control: use letters, digits, ".", "-", "_"')
         self._controls[name] = self._fitting(module)
         return name
 
@@ -455,8 +460,13 @@ class NextScalePipeline:
         """
         if unknown:
             raise TypeError(_explain_unknown(unknown))
-        if controls is not None and (control_image is not None or control_type is not None):
-            raise UserError("pass controls, or control_image and control_type, not both")
+        short = (control_image, control_type, control_scale)
+        if controls is not None and any(value is not None for value in short):
+            raise UserError(
+                "pass controls, or control_image, control_type and control_scale, not both"
+            )
+        if controls is not None and not isinstance(controls, list | tuple):
+            raise UserError("controls is a list of nextscale.control.Control")
         if controls is None and (control_image is not None or control_type is not None):
             from nextscale.control.maps import as_controls
 
@@ -630,6 +640,7 @@ class NextScalePipeline:
         """
         count = len(images)
         model = self.transformer
+        _refuse_without_control(**{k: v for k, v in settings.items() if k.startswith("control_")})
         if prompt is None and class_labels is None:
             ids = model.conditioner.null(count)
             settings["guidance_scale"] = 1.0  # both sides are the null condition
@@ -752,13 +763,18 @@ class NextScalePipeline:
         from nextscale.control import Control
         from nextscale.control.attach import Attached
 
-        if not isinstance(controls, Sequence) or not all(
-            isinstance(control, Control | Attached) for control in controls
-        ):
+        if not all(isinstance(control, Control | Attached) for control in controls):
             raise UserError("controls is a list of nextscale.control.Control")
         ready = [control for control in controls if isinstance(control, Attached)]
         controls = [control for control in controls if isinstance(control, Control)]
-        every = torch.zeros(prompts * images_per_prompt, dtype=torch.long, device=self.device)
+        count = prompts * images_per_prompt
+        for control in ready:
+            if len(control.pictures) not in (1, count):
+                raise UserError(
+                    f"an attached control has {len(control.pictures)} pictures, the call draws "
+                    f"{count} images; attach one map, or one for each image"
+                )
+        every = torch.zeros(count, dtype=torch.long, device=self.device)
         ready = [control[every] if len(control.pictures) == 1 else control for control in ready]
         if not controls:
             return ready
@@ -832,7 +848,9 @@ def to_pil(array: np.ndarray) -> list[Image.Image]:
 def _refuse_without_control(**given: Any) -> None:
     for name, value in given.items():
         if value not in (None, False):
-            raise UserError(f"{name} needs a control; pass control_image and control_type")
+            raise UserError(
+                f"{name} needs a control; pass control_image and control_type when generating"
+            )
 
 
 def _progress(batches: range, show: bool) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from nextscale.cli.console import number, table
-from nextscale.errors import UserError
+from nextscale.errors import UserError, require
 
 if TYPE_CHECKING:
     from nextscale.cli.console import Output
@@ -54,11 +54,18 @@ def control_record(
         floor and control.
     """
     from nextscale.control.conditions import colour_labels
-    from nextscale.eval.controllability import control_score
+    from nextscale.eval.controllability import METRIC_OF, control_score
 
     kinds = kinds or tuple(pipe.controls)
     if not kinds:
         raise UserError("the model has no controls; pass --control FOLDER, or train one")
+    require("num_images", count, count > 1, "be 2 or more: a distance needs a covariance")
+    records = {kind: pipe.control(kind).record for kind in kinds}
+    for trained_for in records.values():
+        if trained_for.type not in METRIC_OF:
+            raise UserError(f"there is no metric for controls of the type {trained_for.type}")
+    extractors = {kind: trained_for.open_extractor() for kind, trained_for in records.items()}
+    pipe.settings(**settings).control_guidance(len(pipe.scales))
     batch = source.load(np.arange(count))
     conditions = _conditions(pipe, batch)
     real = batch.images.permute(0, 2, 3, 1).numpy()
@@ -69,8 +76,7 @@ def control_record(
     record["floor"] = quality(floor)
     rows = []
     for kind in kinds:
-        trained_for = pipe.control(kind).record
-        extractor = trained_for.open_extractor()
+        trained_for, extractor = records[kind], extractors[kind]
         maps = extractor(real)
         controlled = draw((kind, torch.from_numpy(maps)))
         pictures = {

@@ -58,7 +58,7 @@ def run(command: str, arguments: list[str]) -> int:
 
     from tqdm import tqdm
 
-    from nextscale.data.images import save_png
+    from nextscale.data.images import BadImage, save_png
 
     given = ExtractorSettings(
         **{f.name: getattr(config, f.name) for f in fields(ExtractorSettings)}
@@ -68,14 +68,28 @@ def run(command: str, arguments: list[str]) -> int:
     hint = "Choose another folder, or --overwrite."
     check_folder(config.output_dir, empty=not config.overwrite, hint=hint)
     folder = Path(config.output_dir)
-    extractor(_read(paths[0][0], config.resolution)[None])  # what fails, fails before the folder
+    failed: BadImage | None = None
+    for path, _ in paths:  # what fails, fails before the folder is there
+        try:
+            extractor(_read(path, config.resolution)[None])
+            break
+        except BadImage as error:
+            failed = error
+    else:
+        assert failed is not None
+        raise failed
     with storage.os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     written: list[str] = []
     plain = 0
     try:
         for path, name in tqdm(paths, desc=extractor.type, disable=not output.bar()):
-            found = extractor(_read(path, config.resolution)[None])[0]
+            try:
+                pixels = _read(path, config.resolution)
+            except BadImage as error:
+                log.warning("%s is left out, it is no readable image: %s", error.name, error.reason)
+                continue
+            found = extractor(pixels[None])[0]
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             save_png(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -105,6 +106,9 @@ def attach(
 def scale_range(start: int, end: int | None, num_scales: int) -> tuple[int, int]:
     """A checked half-open range of scales."""
     last = num_scales if end is None else end
+    for value in (start, last):
+        if not isinstance(value, int):
+            raise UserError(f"start_scale and end_scale are whole numbers, got {value!r}")
     if not 0 <= start < last <= num_scales:
         raise UserError(
             f"control acts on the scales [start_scale, end_scale), got [{start}, {last}); they "
@@ -125,7 +129,7 @@ def site_weights(
     if isinstance(given, Mapping):
         if unknown := set(given) - set(layers):
             raise UserError(
-                f"control_scale names the blocks {sorted(unknown)}; this module acts at "
+                f"control_scale names the blocks {sorted(unknown, key=str)}; this module acts at "
                 f"{sorted(layers)}"
             )
         layers |= {block: float(value) for block, value in given.items()}
@@ -165,7 +169,7 @@ def _check_numbers(given: Any) -> None:
     elif isinstance(given, Sequence):
         values = list(given)
     for value in values:
-        if not isinstance(value, int | float) or isinstance(value, bool):
+        if not isinstance(value, Real) or isinstance(value, bool):
             raise UserError(
                 f"control_scale is {given!r}; it is a number, one per scale, or {{block: number}}"
             )

@@ -181,6 +181,8 @@ def _published(config: EncoderConfig) -> tuple[nn.Module, int, int]:
             )
         except (RuntimeError, TypeError, OSError) as error:
             raise _not_loaded(name, error) from error
+        if not hasattr(network, "num_prefix_tokens"):
+            raise UserError(f'encoder.name "{name}" is no vision transformer; give a timm vit_...')
         return network, network.num_features, network.patch_embed.patch_size[0]
     try:
         from transformers import AutoConfig, AutoModel

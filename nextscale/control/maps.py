@@ -16,11 +16,13 @@ from torch import Tensor
 from nextscale.control.attach import Attached, Control, attach
 from nextscale.control.conditions import suspect_map
 from nextscale.control.module import ControlModule
+from nextscale.data.images import to_rgb
 from nextscale.errors import UserError
 
 log = logging.getLogger(__name__)
 
-EXACT = ("canny", "scribble", "segmentation")  # means of their values would be no map
+LINES = ("canny", "scribble")  # of one pixel: a smaller map keeps each cell's brightest
+EXACT = (*LINES, "segmentation")  # means of their values would be no map
 
 
 def as_controls(image: Any, kind: Any, scale: Any) -> list[Control]:
@@ -36,7 +38,9 @@ def as_controls(image: Any, kind: Any, scale: Any) -> list[Control]:
         raise UserError(f"{missing} is missing: control needs control_image and control_type")
     if isinstance(kind, str):
         return [Control(image=image, type=kind, strength=1.0 if scale is None else scale)]
-    kinds = list(kind)
+    kinds = list(kind) if isinstance(kind, list | tuple) else []
+    if not kinds or not all(isinstance(one, str) for one in kinds):
+        raise UserError(f"control_type is {kind!r}; it is a name, or a list of names")
     if not isinstance(image, Sequence) or len(image) != len(kinds):
         got = len(image) if isinstance(image, Sequence) else 1
         raise UserError(
@@ -99,27 +103,36 @@ def as_maps(given: Any, kind: str, resolution: tuple[int, int]) -> Float[Tensor,
     Raises:
         UserError: For another shape, range or aspect.
     """
-    if isinstance(given, list | tuple):
-        if not given:
-            raise UserError(f"the list of maps of the control {kind} is empty")
-        return torch.cat([as_maps(one, kind, resolution) for one in given])
-    maps = _tensor(given, kind)
-    for map_ in maps[:1]:
-        if reason := suspect_map(kind, map_.numpy()):
-            log.warning(
-                "%s: the control image is probably no map of this type: %s", kind, reason
-            )  # fmt: skip
-    size = (maps.shape[2], maps.shape[3])
-    if size == resolution:
+    parts = [_tensor(one, kind) for one in (given if isinstance(given, list | tuple) else [given])]
+    if not parts:
+        raise UserError(f"the list of maps of the control {kind} is empty")
+    count = sum(len(part) for part in parts)
+    reasons = [r for part in parts for map_ in part if (r := suspect_map(kind, map_.numpy()))]
+    if reasons:
+        log.warning(
+            "%s: %s probably no map of this type: %s",
+            kind,
+            "the control image is" if count == 1 else f"{len(reasons)} of {count} images are",
+            reasons[0],
+        )
+    for height, width in {(part.shape[2], part.shape[3]) for part in parts} - {resolution}:
+        _check_aspect("control image", (height, width), resolution)
+        log.warning(
+            "the control image has %d x %d pixels and is resized to %d x %d",
+            width, height, resolution[1], resolution[0],
+        )  # fmt: skip
+    return torch.cat([_resized(part, kind, resolution) for part in parts])
+
+
+def _resized(maps: Tensor, kind: str, resolution: tuple[int, int]) -> Float[Tensor, "m 3 H W"]:
+    """Lines stay lines, classes stay classes; other maps are averaged or interpolated."""
+    if maps.shape[2:] == resolution:
         return maps
-    _check_aspect("control image", size, resolution)
-    log.warning(
-        "the control image has %d x %d pixels and is resized to %d x %d",
-        size[1], size[0], resolution[1], resolution[0],
-    )  # fmt: skip
+    shrink = maps.shape[2] >= resolution[0]
+    if kind in LINES and shrink:
+        return F.adaptive_max_pool2d(maps, resolution)
     if kind in EXACT:
         return F.interpolate(maps, size=resolution, mode="nearest-exact")
-    shrink = size[0] >= resolution[0]
     return F.interpolate(maps, size=resolution, mode="area" if shrink else "bilinear")
 
 
@@ -152,7 +165,10 @@ def _tensor(given: Any, kind: str) -> Float[Tensor, "m 3 H W"]:
     from PIL import Image
 
     if isinstance(given, Image.Image):
-        given = np.asarray(given.convert("RGB"))
+        try:
+            given = np.asarray(to_rgb(given))
+        except ValueError as error:
+            raise UserError(f"the {kind} control is no map: {error}") from error
     if isinstance(given, np.ndarray) and np.issubdtype(given.dtype, np.floating):
         given = torch.from_numpy(np.ascontiguousarray(given, np.float32))
         given = given[None] if given.ndim == 2 else given
@@ -170,7 +186,7 @@ def _tensor(given: Any, kind: str) -> Float[Tensor, "m 3 H W"]:
         )
     maps = given.detach().float().cpu()
     maps = maps[None] if maps.ndim == 3 else maps
-    if maps.ndim != 4 or maps.shape[1] not in (1, 3):
+    if maps.ndim != 4 or maps.shape[1] not in (1, 3) or not maps.numel():
         raise UserError(
             f"the {kind} control has the shape {list(given.shape)}; maps are [3, H, W] or "
             "[n, 3, H, W], with one channel or three"

@@ -72,7 +72,7 @@ def read_control(folder: str | Path) -> ControlModule:
     path = folder / "config.json"
     values = storage.read_config(path, FORMAT_VERSION, "ControlModule")
     kind = values.get("architecture")
-    if kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise UserError(
             f'{folder} is a control module of the architecture "{kind}", this nextscale knows '
             f"{', '.join(ARCHITECTURES)}; update it"
@@ -82,16 +82,23 @@ def read_control(folder: str | Path) -> ControlModule:
         if not isinstance(values.get(key), dict):
             raise UserError(f"{path} is damaged: it lacks {key}")
     encoder = values["module"].get("encoder")
-    if isinstance(encoder, dict):
-        encoder["pretrained"] = False  # the file has the weights
+    size = values["record"].get("resolution")
+    if not isinstance(encoder, dict):
+        raise UserError(f"{path} is damaged: module.encoder is {encoder!r}")
+    if not (isinstance(size, list) and len(size) == 2 and all(isinstance(s, int) for s in size)):
+        raise UserError(f"{path} is damaged: record.resolution is {size!r}")
+    encoder["pretrained"] = False  # the file has the weights
     config = storage.build(cls.config_class, values["module"], path)
     local = config
     if (folder / ENCODER).is_file():
         local = replace(config, encoder=replace(config.encoder, name=str(folder / ENCODER)))
     base = storage.build(TransformerConfig, values["base"], path)
-    values["record"]["resolution"] = tuple(values["record"].get("resolution", ()))
+    values["record"]["resolution"] = tuple(size)
     record = storage.build(ControlRecord, values["record"], path)
-    module = cls(local, base, record)
+    try:
+        module = cls(local, base, record)
+    except (TypeError, AttributeError, ValueError, IndexError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
     module.config = config  # which names the place that the encoder came from
     state = storage.read_tensors(folder / "model.safetensors")
     storage.load_state(module, {k: v.float() for k, v in state.items()}, folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -312,11 +312,17 @@ def _begin_with(module: ControlModule, initial: str, model: Path) -> None:
     own = {path.name: path for path in (model / "controls").glob("*")}
     other = read_control(own[initial] if initial in own else find_control(initial))
     asked = replace(module.config, encoder=replace(module.config.encoder, pretrained=False))
-    if (type(other), other.config, other.base) != (type(module), asked, module.base):
+    if type(other) is not type(module):
         raise UserError(
-            f"initial {initial} is {other.architecture} control of {other.config}, this run makes "
-            f"{module.architecture} control of {asked}: give the same sizes"
+            f"initial {initial} is {other.architecture} control, this run makes "
+            f"{module.architecture} control: pass --architecture {other.architecture}"
         )
+    theirs, wanted = asdict(other.config), asdict(asked)
+    if differing := [name for name in wanted if wanted[name] != theirs[name]]:
+        changes = ", ".join(f"{n} {wanted[n]} for its {theirs[n]}" for n in differing)
+        raise UserError(f"initial {initial} has other sizes; this run has {changes}")
+    if other.base != module.base:
+        raise UserError(f"initial {initial} was made for a base of another size")
     if other.record.base_fingerprint != module.record.base_fingerprint:
         raise UserError(f"initial {initial} was trained on other weights than this base's")
     module.load_state_dict(other.state_dict())

@@ -128,7 +128,7 @@ def decode(source: str | Path | bytes, name: str | None = None) -> Image.Image:
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             image.load()
-            found = _to_rgb(ImageOps.exif_transpose(image))
+            found = to_rgb(ImageOps.exif_transpose(image))
             found.format, found.info["mode"] = image.format, image.mode
             return found
     except Image.UnidentifiedImageError as error:
@@ -147,7 +147,12 @@ def decode(source: str | Path | bytes, name: str | None = None) -> Image.Image:
         raise BadImage(name, str(error) or type(error).__name__) from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit colours of a picture of any mode; 16 bits are scaled, transparency lies on white.
+
+    Raises:
+        ValueError: For floats outside [0, 1].
+    """
     if image.mode.startswith("I"):  # I;16 and its kin; 16-bit grey of some formats comes as I
         grey = np.asarray(image).astype(np.float32) / 257
         image = Image.fromarray(np.rint(grey.clip(0, 255)).astype(np.uint8))

@@ -91,8 +91,10 @@ class SamplingConfig:
             raise UserError("guidance_threshold excludes control_guidance_scale; choose one")
         if self.temperature_end is not None and isinstance(self.temperature, tuple):
             raise UserError("temperature_end needs one temperature, got one per scale; choose one")
-        if self.temperature_power <= 0:
-            raise UserError(f"temperature_power must be above 0, got {self.temperature_power}")
+        if not 0 < self.temperature_power < float("inf"):
+            raise UserError(
+                f"temperature_power must be positive and finite, got {self.temperature_power}"
+            )
         end = () if self.temperature_end is None else (self.temperature_end,)
         for value in (*_numbers(self.temperature), *end):
             if not 0 < value < float("inf"):

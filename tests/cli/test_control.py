@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from nextscale.control import AdditiveConfig, ControlRecord, build_control
 from nextscale.control.encoder import EncoderConfig
 from nextscale.data.images import save_png
 from nextscale.data.scenes import render, sample_scene
+from nextscale.errors import UserError
 from nextscale.pipeline import NextScalePipeline
 from nextscale.var.lora import base_fingerprint
 
@@ -76,6 +80,9 @@ def test_control_changes_pictures_and_strength_zero_does_not(
     generate, controlled, run, photos, tmp_path
 ) -> None:
     run("extract", photos / "0.png", "--output_dir", tmp_path / "m")
+    left = np.zeros((32, 32), np.uint8)
+    left[:, :16] = 255
+    save_png(left, tmp_path / "mask.png")
     words = [PROMPT, "--model", controlled, "--seed", 3]
     flags = ["--control_image", tmp_path / "m" / "0.png", "--control_type", "canny"]
     pictures = []
@@ -88,6 +95,8 @@ def test_control_changes_pictures_and_strength_zero_does_not(
         "text": [*flags, "--control_in_negative"],
         "knobs": [*flags, "--control_guidance_scale", 4],
         "late": [*flags, "--control_start", 2],
+        "early": [*flags, "--control_end", 2],
+        "left": [*flags, "--control_mask", tmp_path / "mask.png"],
     }.items():
         result = generate(*words, "--output_dir", tmp_path / name, *more)
         assert result.code == 0, result.err
@@ -95,8 +104,10 @@ def test_control_changes_pictures_and_strength_zero_does_not(
     plain, off, on, photo, *others = pictures
     assert (plain == off).all()
     assert (on == photo).all()
-    for other in (on, *others):
+    assert (on != plain).any()
+    for other in others:
         assert (other != plain).any()
+        assert (other != on).any()
     recipe = (tmp_path / "on" / "recipe.yaml").read_text()
     assert "control_type" in recipe
     again = run(
@@ -235,6 +246,80 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert message in result.err
     assert len(result.err.strip().splitlines()) <= 2  # a warning may stand before it
     assert not (tmp_path / "out").exists()
+
+
+def test_calls_that_contradict_themselves_are_refused(controlled: str) -> None:
+    from nextscale.control import Control, attach
+
+    pipe = NextScalePipeline.from_pretrained(controlled, dtype="float32")
+    map_ = torch.zeros(3, 32, 32)
+    map_[:, 8] = 1
+    given: dict[str, Any] = {"prompt": [PROMPT] * 4, "num_candidates": 1, "output_type": "pt"}
+    control = Control(image=map_, type="canny")
+    two = attach(pipe.control("canny"), torch.stack([map_] * 2), control)
+    for wrong, message in (
+        ({"controls": [control], "control_scale": 0.0}, "control_scale, not both"),
+        ({"controls": control}, "controls is a list"),
+        ({"controls": [two]}, "has 2 pictures, the call draws 4 images"),
+        ({"control_type": [], "control_image": []}, r"control_type is \[\]"),
+        ({"control_type": 3, "control_image": map_}, "control_type is 3"),
+        ({"controls": [replace(control, end_scale=2.5)]}, "whole numbers, got 2.5"),
+        ({"controls": [replace(control, start_scale=None)]}, "whole numbers, got None"),
+        ({"controls": [replace(control, strength={"a": 1.0, 3: 1.0})]}, "names the blocks"),
+        ({"control_type": "canny", "control_image": map_[:, :0]}, "has the shape"),
+    ):
+        with pytest.raises(UserError, match=message):
+            pipe(**given, **wrong)
+    with pytest.raises(UserError, match="control_guidance_scale needs a control"):
+        pipe.edit(map_[None], box=(0, 0, 8, 8), control_guidance_scale=7)
+    with pytest.raises(UserError, match="cannot name a control"):
+        pipe.load_control(Path(controlled) / "controls" / "canny", "a/b")
+    given["seed"] = 0
+    numpy = pipe(**given, controls=[replace(control, strength=np.float32(0.5))]).tokens
+    assert torch.equal(numpy, pipe(**given, controls=[replace(control, strength=0.5)]).tokens)
+
+
+def test_a_model_that_is_cast_keeps_its_controls(controlled: str, tmp_path: Path) -> None:
+    pipe = NextScalePipeline.from_pretrained(controlled, dtype="float32").to(dtype="float16")
+    assert pipe.control("canny").record.type == "canny"
+    pipe.save_pretrained(tmp_path / "half")
+    assert (tmp_path / "half" / "controls" / "canny" / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        (("record", "resolution"), 64),
+        (("record", "resolution"), None),
+        (("module", "encoder"), "vit"),
+        (("module", "sites"), 3),
+        (("architecture",), ["additive"]),
+    ],
+)
+def test_a_damaged_module_is_one_line(key, value, controlled, tmp_path) -> None:
+    shutil.copytree(Path(controlled) / "controls" / "canny", tmp_path / "module")
+    path = tmp_path / "module" / "config.json"
+    config = json.loads(path.read_text())
+    place = config
+    for name in key[:-1]:
+        place = place[name]
+    place[key[-1]] = value
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"damaged|architecture"):
+        NextScalePipeline.from_pretrained(controlled, dtype="float32").load_control(path.parent)
+
+
+def test_a_bad_picture_among_others_is_left_out(run, photos, tmp_path) -> None:
+    (photos / "0.png").write_bytes(b"no picture")
+    result = run("extract", photos, "--output_dir", tmp_path / "m", "--json")
+    assert result.code == 0
+    assert result.json["num_maps"] == 2
+    assert "0.png is left out" in result.err
+    for name in ("1.png", "2.png"):
+        (photos / name).unlink()
+    result = run("extract", photos, "--output_dir", tmp_path / "n")
+    assert result.code == 2
+    assert not (tmp_path / "n").exists()
 
 
 def test_a_module_of_another_base_is_refused(generate, controlled, models, photos, tmp_path):

@@ -179,14 +179,17 @@ def test_suspicious_maps_are_named(caplog: pytest.LogCaptureFixture) -> None:
         assert "invert" in str(suspect_map("depth", 1 - nearness))
     grey = np.broadcast_to(photo.mean(axis=0), photo.shape) * 0.8 + 0.1
     assert "extract" in str(suspect_map("hed", grey))
-    assert "more colours than classes" in str(suspect_map("segmentation", photo))
+    big = photo.repeat(8, axis=1).repeat(8, axis=2)
+    for wrong in (photo, big, grey, depth, canny):
+        assert "not those of classes" in str(suspect_map("segmentation", wrong))
     assert "unit vectors" in str(suspect_map("normal", depth))
     with caplog.at_level(logging.WARNING, logger="nextscale"):
         as_maps(torch.from_numpy(1 - canny), "canny", (64, 64))
+        as_maps(torch.from_numpy(np.stack([canny, *[1 - canny] * 3])), "canny", (64, 64))
     assert "canny: the control image is probably no map of this type" in caplog.text
+    assert "canny: 3 of 4 images are probably no map of this type" in caplog.text
     for kind in ("canny", "depth", "segmentation"):
         assert "one colour" in str(suspect_map(kind, np.zeros((3, 64, 64), np.float32)))
-    assert "white" in str(suspect_map("segmentation", canny))
     for picture in PICTURES[:8]:
         assert suspect_map("segmentation", open_extractor("segmentation")(picture[None])[0]) is None
 
@@ -198,6 +201,25 @@ def test_maps_of_all_kinds_of_input_are_alike() -> None:
         assert torch.equal(as_maps(given, "lowres", (64, 64)), expected)
     assert as_maps(array[..., 0], "depth", (64, 64)).shape == (1, 3, 64, 64)
     assert as_maps([array, array], "lowres", (64, 64)).shape == (2, 3, 64, 64)
+
+
+def test_maps_of_16_bits_keep_their_values() -> None:
+    depth = np.linspace(0, 1, 64 * 64, dtype=np.float32).reshape(64, 64)
+    deep = Image.fromarray((depth * 65535).astype(np.uint16))
+    for given in (deep, deep.convert("I"), Image.fromarray(depth)):
+        assert np.abs(as_maps(given, "depth", (64, 64))[0, 0].numpy() - depth).max() < 1 / 255
+    with pytest.raises(UserError, match="outside"):
+        as_maps(Image.fromarray(depth * 5), "depth", (64, 64))
+
+
+@pytest.mark.parametrize("kind", ["canny", "scribble"])
+def test_thin_lines_outlive_a_smaller_map(kind: str) -> None:
+    for row in range(8):
+        lines = torch.zeros(3, 512, 512)
+        lines[:, 200 + row] = 1
+        expected = torch.zeros(3, 64, 64)
+        expected[:, 25] = 1
+        assert torch.equal(as_maps(lines, kind, (64, 64))[0], expected)
 
 
 def test_maps_are_resized_with_a_word(caplog: pytest.LogCaptureFixture) -> None:

@@ -24,11 +24,11 @@ from nextscale.control import (
     build_control,
     read_control,
 )
-from nextscale.control.encoder import EncoderConfig
+from nextscale.control.encoder import ControlEncoder, EncoderConfig
 from nextscale.control.module import ControlConfig, check_base, evenly
 from nextscale.control.train import ControlledTransformer
 from nextscale.errors import UserError
-from nextscale.tokenizers import MultiscaleVQ
+from nextscale.tokenizers import MultiscaleVQ, ScaleSchedule
 from nextscale.var import (
     ClassConditioner,
     NextScaleTransformer,
@@ -232,6 +232,55 @@ def test_what_is_added_lies_at_the_cells_of_its_features(build: Build) -> None:
     assert found[1] is not None
     moved = (found[1] - found[0]).abs().amax(dim=(0, 2)) > 0
     assert moved.nonzero().flatten().tolist() == [9]
+
+
+def test_a_spot_of_the_map_changes_its_own_cell_most() -> None:
+    schedule = ScaleSchedule((1, 2, 4, 8))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        encoder = ControlEncoder(EncoderConfig(width=32, depth=1, heads=2), schedule, (64, 64))
+    for row, column in ((1, 5), (6, 2)):
+        maps = torch.zeros(2, 3, 64, 64)
+        maps[1, :, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8] = 1
+        changes = encoder(maps).diff(dim=0)[0].norm(dim=-1)
+        for side, where in zip((4, 8), (schedule.slices[2], schedule.slices[3]), strict=True):
+            cell = changes[where].argmax().item()
+            assert divmod(cell, side) == (row * side // 8, column * side // 8)
+
+
+def test_the_encoder_sees_minus_one_to_one() -> None:
+    encoder = ControlEncoder(ENCODER, ScaleSchedule((1, 2, 4, 8)), (64, 64))
+    for value in (0.0, 1.0):
+        pixels = encoder.network_input(torch.full((1, 3, 64, 64), value), encoder.grid)
+        assert set(pixels.unique().tolist()) == {2 * value - 1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("adapter", {"context": "control"}),
+        ("adapter", {"inject": "output"}),
+        ("additive", {"encoder": replace(ENCODER, resize="image")}),
+    ],
+)
+def test_settings_of_equal_weights_differ(
+    kind: str,
+    change: dict[str, Any],
+    build: Build,
+    tiny_model: NextScaleTransformer,
+    tiny_tokenizer: MultiscaleVQ,
+) -> None:
+    module = build(kind)
+    other = build_control(replace(KINDS[kind], **change), tiny_model.config, module.record)
+    other.load_state_dict(module.state_dict())
+    tokens = torch.randint(
+        32, (3, tiny_model.schedule.num_tokens), generator=torch.Generator().manual_seed(0)
+    )
+    one, two = (
+        forced(tiny_model, tiny_tokenizer, tokens, hooks_of(tiny_model, [m.eval()], cached=False))
+        for m in (module, other)
+    )
+    assert (one - two).abs().max() > 1e-3
 
 
 @every_kind

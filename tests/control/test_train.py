@@ -90,6 +90,30 @@ def test_control_lowers_the_loss_and_leaves_the_base_alone(model: Path, tmp_path
     assert base_fingerprint(network.transformer) == base_fingerprint(base)  # pyright: ignore
 
 
+def test_dropouts_and_weights_show_in_the_first_loss(model: Path, tmp_path: Path) -> None:
+    kept: dict[str, Any] = {"condition_dropout": 0.0, "control_dropout": 0.0, "joint_dropout": 0.0}
+    trained = config(model, tmp_path / "a", max_train_steps=20, **kept)
+    train_control(trained, progress=False)
+
+    def first(**changes: Any) -> dict[str, float]:
+        folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        run = config(model, folder, **{"max_train_steps": 1, **kept, **changes})
+        train_control(run, progress=False)
+        return json.loads((folder / "log.jsonl").read_text().splitlines()[0])
+
+    initial, always = str(tmp_path / "a"), 1 - 1e-9
+    base, controlled = first()["loss"], first(initial=initial)["loss"]
+    without_prompt = first(condition_dropout=always)["loss"]
+    assert len({round(value, 4) for value in (base, controlled, without_prompt)}) == 3
+    close = pytest.approx
+    assert first(initial=initial, control_dropout=always)["loss"] == close(base, abs=1e-5)
+    assert first(initial=initial, joint_dropout=always)["loss"] == close(without_prompt, abs=1e-5)
+    assert first(scale_weight="scale")["loss"] != close(first(scale_weight="token")["loss"])
+    early = first(early_decay=50.0)
+    assert early["tokens"] < first()["tokens"]
+    assert early["loss"] != close(base)
+
+
 @pytest.mark.parametrize("unfreeze", ["all", "lora"])
 def test_an_unfrozen_base_is_saved_with_its_module(
     unfreeze: str, model: Path, tmp_path: Path
@@ -132,7 +156,7 @@ def test_a_run_begins_with_an_earlier_module(model: Path, tmp_path: Path) -> Non
     for name, tensor in before.state_dict().items():
         torch.testing.assert_close(after.state_dict()[name], tensor, atol=1e-9, rtol=0)
     larger = AdditiveConfig(encoder=SMALL, num_sites=1)
-    with pytest.raises(UserError, match=r"num_sites=2.*num_sites=1.*give the same sizes"):
+    with pytest.raises(UserError, match="other sizes; this run has num_sites 1 for its 2"):
         train_control(config(model, tmp_path / "x", additive=larger, **still), progress=False)
     assert not (tmp_path / "x").exists()
 
@@ -152,7 +176,7 @@ def test_shares_of_the_last_scale_are_the_formula_s(model: Path, tmp_path: Path)
     assert shares[-1] / shares[4] == pytest.approx(torch.e**-1, rel=1e-5)
     drawn = torch.multinomial(shares, 10_000, replacement=True, generator=stream(0))
     expected = float((shares * tokens).sum())
-    assert float(tokens[drawn].mean()) == pytest.approx(expected, rel=0.02)
+    assert float(tokens[drawn].mean()) == pytest.approx(expected, rel=0.01)
     assert scale_shares(config(model, tmp_path, early_decay=50.0), 10)[-1] == pytest.approx(0.05)
     assert scale_shares(config(model, tmp_path), 10).tolist() == [0.0] * 9 + [1.0]
 
