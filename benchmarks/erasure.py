@@ -40,11 +40,11 @@ SUITES: dict[str, dict[str, str]] = {
         "UCE": "--method uce",
     },
     "windows": {
-        "one window": "--window_smallest 1000 --window_largest None",
-        "all windows in one update": "--mode joint",
-        "windows of 25 to 64": "",
-        "a window per scale": "--window_smallest 1 --window_largest None",
-        "windows of 1 to 16": "--window_smallest 1 --window_largest 16",
+        "one window": "--mode windowed --window_smallest 1000 --window_largest None",
+        "all windows in one update": "",
+        "windows of 25 to 64": "--mode windowed",
+        "a window per scale": "--mode windowed --window_smallest 1 --window_largest None",
+        "windows of 1 to 16": "--mode windowed --window_smallest 1 --window_largest 16",
     },
     "gate": {f"gate {q}": f"--gate_quantile {q}" for q in (0.0, 0.1, 0.3, 0.6)},
     "scales": {f"scales 1 to {j}": f"--train_scales {j}" for j in range(1, 7)},
@@ -119,14 +119,19 @@ def markdown(rows: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def results(output: Path) -> dict[str, Any]:
+    """Row -> concept -> seed -> what was found, so far."""
+    return json.loads(output.read_text())["rows"] if output.is_file() else {}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--suite", default="methods", choices=list(SUITES))
     parser.add_argument("--rows", nargs="+", help="some rows of the suite; otherwise all")
     parser.add_argument("--concepts", nargs="+", help="otherwise five, or red circle", default=None)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 100_000, 200_000])
-    parser.add_argument("--steps", type=int, default=90)
-    parser.add_argument("--prompts", type=int, default=75, help="held-out prompts of each kind")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--prompts", type=int, default=100, help="held-out prompts of each kind")
     parser.add_argument("--output_dir", default="runs/erasure")
     parser.add_argument("--output", help="otherwise benchmarks/results/erasure_SUITE.json")
     options = parser.parse_args()
@@ -136,7 +141,6 @@ def main() -> None:
         parser.error(f"--rows {', '.join(unknown)}: the suite has {', '.join(suite)}")
     usual = CONCEPTS if options.suite == "methods" else ("red circle",)
     output = Path(options.output or f"benchmarks/results/erasure_{options.suite}.json")
-    table: dict[str, Any] = json.loads(output.read_text())["rows"] if output.is_file() else {}
     for seed in options.seeds:
         for concept in options.concepts or usual:
             for name in names:
@@ -146,7 +150,7 @@ def main() -> None:
                 flags += suite[name].split()
                 shown = " ".join(f'"{f}"' if " " in f else f for f in flags)
                 command = f"nextscale erase {shown}"
-                runs = table.setdefault(name, {}).setdefault(concept, {})
+                runs = results(output).get(name, {}).get(concept, {})
                 if runs.get(str(seed), {}).get("command") == command:
                     continue
                 words = f"{options.suite} {name} {concept} {seed} {options.steps} {options.prompts}"
@@ -155,8 +159,10 @@ def main() -> None:
                     shutil.rmtree(folder, ignore_errors=True)
                     called = [sys.executable, "-m", "nextscale", "erase", *flags]
                     run([*called, "--output_dir", str(folder)], Path(f"{folder}.log"))
-                runs[str(seed)] = {"command": command, **read(folder, concept)}
-                print(name, concept, seed, json.dumps(runs[str(seed)]), flush=True)
+                found = {"command": command, **read(folder, concept)}
+                print(name, concept, seed, json.dumps(found), flush=True)
+                table = results(output)  # anew: another process may have added to it
+                table.setdefault(name, {}).setdefault(concept, {})[str(seed)] = found
                 result = {
                     "command": f"python benchmarks/erasure.py --suite {options.suite} "
                     f"--steps {options.steps} --prompts {options.prompts}",
@@ -167,7 +173,7 @@ def main() -> None:
                 }
                 storage.write_json(output, result)
     if options.suite == "methods":
-        print(markdown(table))
+        print(markdown(results(output)))
 
 
 if __name__ == "__main__":
