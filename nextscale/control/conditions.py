@@ -353,7 +353,7 @@ def suspect_map(kind: str, map_: Float[np.ndarray, "3 H W"]) -> str | None:
     elif kind == "segmentation":
         pixels = np.rint(map_.reshape(3, -1).T * 255).astype(np.int32)
         pixels = pixels[pixels.any(axis=1)]  # class 0 is black
-        pixels = pixels[:: len(pixels) // 4096 + 1]
+        pixels = pixels[:: len(pixels) // 1024 + 1]
         near = np.abs(pixels[:, None] - _PALETTE.astype(np.int32)).max(axis=2).min(axis=1)
         if (near > 8).mean() > 0.2:
             return "its colours are not those of classes; extract a segmentation first"
