@@ -2,11 +2,11 @@
 
     python benchmarks/alignment_table.py --suite table
 
-Suites: `table` compares all methods on the checker; `sparse` compares B2-DiffuRL and GRPO on all
-statements or nothing; `sets` trains on properties of sets, and on single pictures for comparison;
-`find` trains starts, for known captions or any, for more and more rollouts; `diffusion` compares
-the methods on the pipeline of `nextscale train diffusion --config scenes-diffusion`, by the bytes
-of a JPEG.
+Suites: `table` compares all methods on the checker, `further` five later ones beside
+GRPO; `sparse` compares B2-DiffuRL and GRPO on all statements or nothing; `sets` trains on
+properties of sets, and on single pictures for comparison; `find` trains starts, for known captions
+or any, for more and more rollouts; `diffusion` compares the methods on the pipeline of `nextscale
+train diffusion --config scenes-diffusion`, by the bytes of a JPEG.
 
 Each row is a shipped recipe, cut to --rollouts rollouts of 192 pictures at a constant learning
 rate; each run is a process of its own, for its peak memory. Measured on benchmark captions before
@@ -58,6 +58,7 @@ B2 = f"--config b2-scenes --b2.num_stages 3 --b2.stage_rollouts 8 {RATE}"
 FIND = "--config find-scenes --learning_rate 1e-3"
 DRAGON = "--config dragon-scenes --dragon.credit leave_one_out --num_prompts 192"
 LARGE = "--num_prompts 96 --num_train_prompts 64"
+FURTHER = f"--config grpo-scenes {RATE}"
 SETS = f"{RATE} --prompts CAPTIONS --eval_prompts HELD_OUT "
 SETS += "--reward_funcs frechet_pixels:EXEMPLARS@1 frechet_pixels_instance:EXEMPLARS@1 vendi "
 SETS += "--reward_weights"
@@ -70,6 +71,17 @@ SUITES: dict[str, dict[str, str]] = {
         "FIND": f"{FIND} {CHECKER}",
         "B2-DiffuRL": f"{B2} {CHECKER}",
         "DRAGON": f"--config dragon-scenes {RATE} {CHECKER}",
+    },
+    "further": {
+        "base": BASE,
+        "GRPO": f"--config grpo-scenes {RATE}",
+        "Sibling-GRPO": f"{FURTHER} --method sibling --sibling.steps 1 3 --num_generations 2 "
+        "--sibling.loss.scale_weight scale",
+        "NFT": f"{FURTHER} --method nft --nft.threshold 1.5 --nft.scale_weight scale",
+        "Reg-GRPO": f"{FURTHER} --method reg_grpo --train_batch_size 4 "
+        "--reg_grpo.scale_weight scale",
+        "f-DPG": f"{FURTHER} --method fdpg --fdpg.loss.scale_weight scale",
+        "KL-Cov": f"{FURTHER} --method grpo --grpo.covariance kl",
     },
     "sparse": {"GRPO": f"--config grpo-scenes {RATE} {VERDICT}", "B2-DiffuRL": f"{B2} {VERDICT}"},
     "sets": {  # six rollouts of 768 pictures, and four updates on each
@@ -310,6 +322,11 @@ def markdown(rows: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def results(output: Path) -> dict[str, Any]:
+    """Row -> its runs by seed, so far."""
+    return json.loads(output.read_text())["rows"] if output.is_file() else {}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--suite", default="table", choices=list(SUITES))
@@ -338,17 +355,20 @@ def main() -> None:
     Path(options.output_dir, FILES["KNOWN"]).write_text("\n".join(captions))
     scenes = options.rollouts * SAMPLES
     total = DIFFUSION_SAMPLES if options.suite == "diffusion" else scenes
-    table: dict[str, Any] = json.loads(output.read_text())["rows"] if output.is_file() else {}
     for seed in options.seeds:
         for name in names:
             folder = folder_of(name, seed, options)
             flags = flags_of(suite[name], seed, options)
-            row = table.setdefault(name, {"runs": {}})
             command = f"nextscale align {' '.join(flags)}"
-            if row["runs"].get(str(seed), {}).get("command") == command:
+            if (
+                results(output).get(name, {"runs": {}})["runs"].get(str(seed), {}).get("command")
+                == command
+            ):
                 continue
             if not (folder / "peak_memory_kb").is_file():
                 run(folder, flags, earlier_of(name, seed, options))
+            table = results(output)  # anew: another process may have added to it
+            row = table.setdefault(name, {"runs": {}})
             row["runs"][str(seed)] = {"command": command, **read(folder)}
             row["summary"] = summary(list(row["runs"].values()))
             print(name, seed, json.dumps(row["runs"][str(seed)]), flush=True)
@@ -362,7 +382,8 @@ def main() -> None:
                 "rows": table,
             }
             output.write_text(json.dumps(result, indent=1) + "\n")
-    if options.suite == "table" and {"base", "GRPO"} <= set(table):
+    table = results(output)
+    if options.suite in ("table", "further") and {"base", "GRPO"} <= set(table):
         print(markdown(table))
     picture = Path(options.plot or f"docs/images/alignment_{options.suite}.png")
     if options.suite == "find":
