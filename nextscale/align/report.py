@@ -75,7 +75,7 @@ class Report:
             final: What is saved.
             result: The training.
             trend: Whether the rollouts' reward rose, with `"kept": False` where it did not and the
-                saved model is the one that the run began with.
+                saved model is the one that the run began with, and how far the other had moved.
         """
         after = _draw(self.config, self.model, final, self.prompts, self.progress)
         sides = {"before": self.before, "after": after}
@@ -98,7 +98,7 @@ class Report:
             "reward_trend": dict(trend),
             "images_per_prompt": self.config.num_eval_images,
             "prompts": {},
-            "kl": _kl_per_step(self.config, self.model, network=final, prompts=self.prompts),
+            "kl": self.divergence(final),
         }
         for name, rows in self.sources.items():
             own = {side: values[rows] for side, values in columns.items()}
@@ -112,6 +112,10 @@ class Report:
         storage.write_json(folder / "report.json", self.record)
         storage.write_bytes(folder / "report.md", markdown(self.record).encode())
         _before_after(folder / "before_after.png", sides, self.prompts, self._groups(sides))
+
+    def divergence(self, network: nn.Module) -> dict[str, Any]:
+        """KL(network || base) of each scale or denoising step, and of whole samples."""
+        return _kl_per_step(self.config, self.model, network=network, prompts=self.prompts)
 
     def _groups(self, sides: dict[str, Tensor]) -> Int[Tensor, " n"]:
         """Prompt of each picture."""

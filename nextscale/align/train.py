@@ -175,17 +175,22 @@ def _align(
     final.eval()
     p_value = task.trend.p_value()
     kept = p_value is None or config.trend_p_value is None or p_value <= config.trend_p_value
+    trend: dict[str, Any] = {"p_value": p_value, "kept": kept}
     if not kept:
+        moved = ""
+        if report is not None:
+            trend["kl_of_dropped"] = report.divergence(final)
+            moved = ", {total:.2g} {unit} from the base,".format(**trend["kl_of_dropped"])
         logger.error(  # not only a warning: --quiet must not hide it
             "the reward did not rise over the rollouts (p = %.2g for chance): the model is saved "
-            "as it was. The trained weights are in %s; trend_p_value None saves them",
-            *(p_value, result.checkpoint),
+            "as it was. The trained weights%s are in %s; trend_p_value None saves them",
+            *(p_value, moved, result.checkpoint),
         )
         final.load_state_dict(began, strict=False)
     if processes.is_main():
         model.save(final, Path(config.output_dir) / "model")
     if report is not None:
-        report.finish(final, result, trend={"p_value": p_value, "kept": kept})
+        report.finish(final, result, trend=trend)
     if processes.is_main():
         _add_to_card(config, report)
     return AlignResult(result, report, kept, p_value)

@@ -197,9 +197,11 @@ def test_a_run_whose_reward_did_not_rise_leaves_the_model_as_it_was(
     assert str(result.fit.checkpoint) in caplog.text
     after = weights(tmp_path / "a")
     assert all(torch.equal(after[name], before[name]) for name in before)
-    trend = json.loads((tmp_path / "a" / "report.json").read_text())["reward_trend"]
+    report = json.loads((tmp_path / "a" / "report.json").read_text())
+    trend = report["reward_trend"]
     assert trend["p_value"] > 0.01
     assert not trend["kept"]
+    assert trend["kl_of_dropped"]["total"] > 1e-4 > abs(report["kl"]["total"])
     assert "the model was saved as it was" in (tmp_path / "a" / "report.md").read_text()
     assert run(tmp_path / "b", noise, trend_p_value=None).kept
     assert run(tmp_path / "c", brightness, learning_rate=1e-2).kept
