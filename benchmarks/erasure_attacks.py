@@ -20,7 +20,7 @@ import yaml
 from sampling import _cpu_name
 
 from nextscale import storage
-from nextscale.align.erasure.attacks import Target, attack
+from nextscale.align.erasure.attacks import Target, attack, true_pictures
 from nextscale.align.erasure.config import EraseConfig
 from nextscale.align.erasure.data import draw
 from nextscale.align.erasure.pairs import read_pairs
@@ -51,10 +51,11 @@ def attacked(folder: Path, prompts: int) -> dict[str, Any]:
     found: dict[str, Any] = {"method": config.method, "concepts": {}}
     for name, own in held_out.targets.items():
         asked = [p.original for p in own]
-        _, tokens = draw(base, asked, seed=SEED, half=config.half, progress=True)
+        images, tokens = draw(base, asked, seed=SEED, half=config.half, progress=True)
+        own, tokens = true_pictures(own, images, tokens, recognise)
         found["concepts"][name] = {}
         for side, pipe in (("before", base), ("after", edited)):
-            target = Target(pipe, own, recognise, tokens, SEED, half=config.half)
+            target = Target(pipe, own, recognise, tokens, seed=SEED, half=config.half)
             found["concepts"][name][side] = [o.record() for o in attack(target, progress=True)]
     return found
 
@@ -66,7 +67,7 @@ def markdown(runs: dict[str, Any]) -> str:
         for name, sides in run["concepts"].items():
             lines += ["", f"**{name}**, {run['method']}", ""]
             lines += ["| attack | | as it was | erased | 95 % | n |", "|---|---|---|---|---|---|"]
-            known = ("attack", "success", "n", "interval")
+            known = ("attack", "success", "n", "interval", "without")
             for before, after in zip(sides["before"], sides["after"], strict=True):
                 detail = ", ".join(f"{k} {v}" for k, v in after.items() if k not in known)
                 low, high = (f"{100 * x:.0f}" for x in after["interval"])

@@ -221,7 +221,7 @@ def _share(outcomes: list[bool]) -> dict[str, float]:
     return {"accuracy": sum(outcomes) / len(outcomes), "n": len(outcomes)}
 
 
-def wilson_interval(successes: int, n: int) -> tuple[float, float]:
+def wilson_interval(successes: float, n: float) -> tuple[float, float]:
     """Wilson's 95 % score interval of a share."""
     z = 1.959964
     center = (successes + z * z / 2) / (n + z * z)

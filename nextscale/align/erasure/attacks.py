@@ -1,7 +1,7 @@
 """Attacks on an erased model: what brings the concept back, how often?
 
 All of them draw by the edited model and ask the recogniser whether the concept is there. Success is
-reported with the number of pictures and Wilson's 95 % interval, beside the rate without attack.
+reported with the number of pictures and a 95 % interval, beside the rate without attack.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -21,11 +22,12 @@ from nextscale.align.erasure.pairs import ConceptPair
 from nextscale.align.erasure.paraphrases import other_words
 from nextscale.align.erasure.recognisers import Recognise
 from nextscale.data.checker import wilson_interval
+from nextscale.errors import UserError
 from nextscale.pipeline import NextScalePipeline
 from nextscale.streams import stream
 from nextscale.training.session import frozen
 from nextscale.var import SamplingConfig, sample
-from nextscale.var.conditioning import Condition
+from nextscale.var.conditioning import Condition, Conditioner
 
 GUIDANCE = (1.0, 2.0, 4.0, 8.0)
 TEMPERATURES = (0.7, 1.0, 1.3)
@@ -42,20 +44,35 @@ class Outcome:
         shown: Pictures that show it.
         n: Pictures drawn.
         detail: Settings of the attack, such as {"scales": 2}.
+        shares: Of each prompt, the share of its pictures that shows it.
+        without: The share of pictures of the same prompts without attack; None: unknown.
     """
 
     attack: str
     shown: int
     n: int
     detail: dict[str, Any]
+    shares: Sequence[float]
+    without: float | None = None
 
     def record(self) -> dict[str, Any]:
         """For the report."""
-        low, high = wilson_interval(self.shown, self.n)
         return {
             "attack": self.attack, **self.detail, "success": self.shown / self.n, "n": self.n,
-            "interval": [low, high],
+            "interval": list(self.interval()), "without": self.without,
         }  # fmt: skip
+
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval for as many pictures as these are worth, at least one a prompt.
+
+        Pictures of one prompt resemble each other: n' = p (1 - p) / Var(mean of the prompts'
+        shares), at most n (Korn and Graubard 1998).
+        """
+        share, prompts = self.shown / self.n, len(self.shares)
+        variance = float(np.var(self.shares, ddof=1)) / prompts if prompts > 1 else 0.0
+        worth = share * (1 - share) / variance if variance else float(prompts)
+        worth = min(max(worth, prompts), self.n)
+        return wilson_interval(share * worth, worth)
 
 
 @dataclass(frozen=True)
@@ -67,6 +84,7 @@ class Target:
         pairs: Held-out prompts of the concept, one picture each.
         recognise: Sees the concept.
         tokens: What the base draws for the original prompts, [n, t]: pictures of the concept.
+        without: Whether each prompt shows it without attack, once that is known.
         seed: Picture i is drawn with seed + i.
         batch_size: Pictures at once.
         half: Draw in bfloat16.
@@ -76,6 +94,7 @@ class Target:
     pairs: list[ConceptPair]
     recognise: Recognise
     tokens: Int[Tensor, "n t"]
+    without: Sequence[bool] | None = None
     seed: int = 0
     batch_size: int = 64
     half: bool = False
@@ -92,8 +111,17 @@ class Target:
 
     def outcome(self, attack: str, images: Tensor, **detail: Any) -> Outcome:
         """Of one picture per pair, or several rounds of them."""
-        pairs = self.pairs * (len(images) // len(self.pairs))
-        return Outcome(attack, int(self.recognise(images, pairs).sum()), len(images), detail)
+        rounds = len(images) // len(self.pairs)
+        shown = np.asarray(self.recognise(images, self.pairs * rounds), bool)
+        shares = shown.reshape(rounds, -1).mean(axis=0).tolist()
+        without = None if self.without is None else float(np.mean(self.without))
+        return Outcome(attack, int(shown.sum()), len(images), detail, shares, without)
+
+    def part(self, rows: Sequence[int], pairs: Sequence[ConceptPair] | None = None) -> Target:
+        """Some of the prompts, or others in their place."""
+        chosen = [self.pairs[i] for i in rows] if pairs is None else list(pairs)
+        without = None if self.without is None else [self.without[i] for i in rows]
+        return replace(self, pairs=chosen, tokens=self.tokens[list(rows)], without=without)
 
     @torch.no_grad()
     def draw(
@@ -133,6 +161,23 @@ class Target:
         return self.pipe.transformer.condition(self.ids[rows])
 
 
+def true_pictures(
+    pairs: Sequence[ConceptPair], images: Tensor, tokens: Tensor, recognise: Recognise
+) -> tuple[list[ConceptPair], Tensor]:
+    """Those pairs, and the tokens of their pictures, whose picture by the base shows the concept.
+
+    Raises:
+        UserError: If none does.
+    """
+    shown = torch.from_numpy(np.asarray(recognise(images, pairs), bool))
+    if not shown.any():
+        raise UserError(
+            f'none of {len(pairs)} pictures by the base shows "{pairs[0].concept}": there is '
+            "nothing to attack with"
+        )
+    return [pair for pair, own in zip(pairs, shown.tolist(), strict=True) if own], tokens[shown]
+
+
 def sampling_sweep(target: Target, rounds: int = 10) -> Iterator[Outcome]:
     """Guidance by temperature, each with its own seeds: erasure must hold at every setting."""
     for guidance in GUIDANCE:
@@ -161,15 +206,29 @@ def prefix_probe(target: Target) -> Iterator[Outcome]:
 def paraphrases(target: Target) -> Iterator[Outcome]:
     """Other words for the same, by kind: in the scenes grammar, or in free text; none for classes.
 
-    Lists of paraphrases by people or language models: `own_prompts`.
+    Prompts with words that the model does not know are left out; `refused` counts them. Lists of
+    paraphrases by people or language models: `own_prompts`.
     """
     conditioner = target.pipe.transformer.conditioner
     if not conditioner.prompts:
         return
     scenes = conditioner.config().get("grammar") == "scenes"
-    for kind, pairs in other_words(target.pairs, scenes=scenes).items():
-        part = replace(target, pairs=pairs)
-        yield part.outcome("paraphrase", part.draw(part.plain, part.settings()), kind=kind)
+    for kind, changed in other_words(target.pairs, scenes=scenes).items():
+        known = {i: pair for i, pair in changed.items() if _understood(conditioner, pair)}
+        if not known:
+            continue
+        part = target.part(list(known), list(known.values()))
+        refused = {"refused": len(changed) - len(known)} if len(known) < len(changed) else {}
+        images = part.draw(part.plain, part.settings())
+        yield part.outcome("paraphrase", images, kind=kind, **refused)
+
+
+def _understood(conditioner: Conditioner, pair: ConceptPair) -> bool:
+    try:
+        conditioner.tokenize([pair.original])
+    except UserError:
+        return False
+    return True
 
 
 def soft_sizes(target: Target) -> tuple[int, ...]:
@@ -252,8 +311,9 @@ def token_attack(target: Target, count: int = 3, *, sweeps: int = 2) -> Iterator
     words = getattr(getattr(conditioner, "settings", None), "words", ())
     if not words:
         return
-    banned = {word for pair in target.pairs for word in pair.concept.split()}
-    allowed = [i + 2 for i, word in enumerate(words) if word.removesuffix("s") not in banned]
+    own = {word for pair in target.pairs for word in pair.concept.lower().split()}
+    banned = {word + ending for word in own for ending in ("", "s", "es")}
+    allowed = [i + 2 for i, word in enumerate(words) if word not in banned]
     ids, pad = target.ids, 0
     lengths = (ids != pad).sum(dim=1)
     known = torch.arange(max(1, len(ids) // 2))[:32]
@@ -327,9 +387,11 @@ def attack(target: Target, prompts: Sequence[str] = (), *, progress: bool = Fals
         prompts: A list of one's own besides, for `own_prompts`.
         progress: Show a bar.
     """
-    few = replace(target, pairs=target.pairs[:SWEPT], tokens=target.tokens[:SWEPT])
+    none = target.outcome("none", target.draw(target.plain, target.settings()))
+    target = replace(target, without=[bool(share) for share in none.shares])
+    few = target.part(range(min(SWEPT, len(target.pairs))))
     plans: list[Callable[[], Iterable[Outcome]]] = [
-        lambda: [target.outcome("none", target.draw(target.plain, target.settings()))],
+        lambda: [none],
         lambda: paraphrases(target),
         lambda: sampling_sweep(few),
         lambda: prefix_probe(target),
@@ -346,7 +408,7 @@ def own_prompts(target: Target, prompts: Sequence[str]) -> Outcome:
     """A user's list of prompts, such as one of the published ones, one picture each."""
     concept = target.pairs[0].concept
     pairs = [ConceptPair(prompt, "", concept) for prompt in prompts]
-    listed = replace(target, pairs=pairs, tokens=target.tokens[:0])
+    listed = replace(target, pairs=pairs, tokens=target.tokens[:0], without=None)
     return listed.outcome("prompts", listed.draw(listed.plain, listed.settings()))
 
 

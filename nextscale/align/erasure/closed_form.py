@@ -43,6 +43,12 @@ def uce_weight(
     return torch.linalg.solve(right + eye, left, left=False).to(weight)
 
 
+def check_cross_attention(model: NextScaleTransformer) -> None:
+    """Raises a UserError for a model without it."""
+    if model.config.context_dim is None:
+        raise UserError("uce edits cross-attention, and this model has none; use class_swap or ear")
+
+
 @torch.no_grad()
 def edit_cross_attention(
     model: NextScaleTransformer,
@@ -59,8 +65,7 @@ def edit_cross_attention(
     Raises:
         UserError: For a model without cross-attention, or pairs of unequal lengths alone.
     """
-    if model.config.context_dim is None:
-        raise UserError("uce edits cross-attention, and this model has none; use class_swap or ear")
+    check_cross_attention(model)
     concepts, replacements = [], []
     for pair in pairs:
         first, second = (_tokens(model, [p]) for p in (pair.original, pair.modified))

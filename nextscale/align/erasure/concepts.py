@@ -19,7 +19,6 @@ from nextscale.data.captions import (
     SIZES,
     Caption,
     Group,
-    parse,
 )
 from nextscale.data.checker import ATTRIBUTES, Report
 from nextscale.data.scenes import HELD_OUT, Shape
@@ -74,15 +73,46 @@ class SceneConcept:
             getattr(g, attribute) is not None for attribute in often_silent for g in caption.groups
         )
 
-    def replaced(self, caption: Caption, rng: np.random.Generator) -> tuple[Caption, str] | None:
+    def replaced(
+        self, caption: Caption, rng: np.random.Generator, others: Sequence[SceneConcept] = ()
+    ) -> tuple[Caption, str] | None:
         """The caption with something else in its place, and what; None: the grammar has no room.
 
         A relation becomes its opposite, because shapes stand left of each other by chance in every
-        second picture; of bound attributes one is changed.
+        second picture, or the next one; of bound attributes one is changed.
+
+        Args:
+            caption: Names the concept.
+            rng: Chooses.
+            others: Further erased concepts, which are replaced as well.
         """
+        changed = self._replaced(caption, rng, others)
+        if changed is None:
+            return None
+        found, what = changed
+        for other in others:
+            if other.in_caption(found):
+                rest = (self, *(c for c in others if c is not other))
+                changed = other._replaced(found, rng, rest)
+                if changed is None:
+                    return None
+                found = changed[0]
+        return found, what
+
+    def _replaced(
+        self, caption: Caption, rng: np.random.Generator, others: Sequence[SceneConcept]
+    ) -> tuple[Caption, str] | None:
+        """One step of `replaced`: none of the others comes in."""
+
+        def clean(changed: Caption) -> bool:
+            return all(c.in_caption(caption) or not c.in_caption(changed) for c in others)
+
         if self.relation is not None:
-            other = OPPOSITE[self.relation]
-            return replace(caption, relation=other), other
+            for other in (OPPOSITE[self.relation], *RELATIONS):
+                changed = replace(caption, relation=other)
+                if other != self.relation and clean(changed):
+                    return changed, other
+            return None
         attribute, value = self.attributes[rng.integers(len(self.attributes))]
         choices = []
         for other in VALUES[attribute]:
@@ -93,7 +123,9 @@ class SceneConcept:
             )
             pairs = [(g.color, g.shape) for g in groups]
             if len(set(pairs)) == len(pairs) and not any(pair in HELD_OUT for pair in pairs):
-                choices.append((replace(caption, groups=groups), other))
+                changed = replace(caption, groups=groups)
+                if clean(changed):
+                    choices.append((changed, other))
         return choices[rng.integers(len(choices))] if choices else None
 
     def _matches(self, shape: Group | Shape) -> bool:
@@ -133,14 +165,3 @@ def scene_concept(text: str) -> SceneConcept:
             "taught it"
         )
     return SceneConcept(text, tuple(attributes.items()))
-
-
-def split_captions(
-    captions: Sequence[str], concept: SceneConcept
-) -> tuple[list[str], list[str], list[str]]:
-    """Captions with the concept, near it, and without relation to it."""
-    parsed = [(caption, parse(caption)) for caption in captions]
-    target = [c for c, p in parsed if concept.in_caption(p)]
-    near = [c for c, p in parsed if concept.is_sibling(p)]
-    others = [c for c, p in parsed if not concept.in_caption(p) and not concept.is_sibling(p)]
-    return target, near, others

@@ -45,19 +45,31 @@ class HeldOut:
     right: Judge | None = None
 
 
-def scene_prompts(config: EraseConfig, trained: Sequence[ConceptPair]) -> HeldOut:
+def scene_prompts(
+    config: EraseConfig, trained: Sequence[ConceptPair], retained: Sequence[Asked] = ()
+) -> HeldOut:
     """Of a model of scenes: from the benchmarks, judged by the checker.
 
     Args:
         config: The run.
         trained: Its pairs.
+        retained: Prompts that it holds in place.
+
+    Raises:
+        UserError: If nothing is left to ask for beside the concepts.
     """
     names = list(dict.fromkeys(pair.concept for pair in trained))
     concepts = {name: scene_concept(name) for name in names}
     count = config.num_eval_prompts
-    targets = {n: held_out_pairs(concepts[n], count, trained, seed=config.seed) for n in names}
+    targets = {
+        n: held_out_pairs(
+            concepts[n], count, trained, seed=config.seed,
+            others=[concepts[other] for other in names if other != n],
+        )
+        for n in names
+    }  # fmt: skip
     parsed = {text: parse(text) for text in dict.fromkeys(load_benchmark("standard"))}
-    known = {pair.modified for pair in trained}  # whose pictures training holds in place
+    known = {*(pair.modified for pair in trained), *retained}  # held in place by training
     clean = [
         text
         for text, caption in parsed.items()
@@ -66,6 +78,12 @@ def scene_prompts(config: EraseConfig, trained: Sequence[ConceptPair]) -> HeldOu
     near = {n: [t for t in clean if concepts[n].is_sibling(parsed[t])][:count] for n in names}
     siblings = {text for texts in near.values() for text in texts}
     others = [t for t in clean if t not in siblings][:count]
+    if not others:
+        raise UserError(
+            f"no prompt of the benchmark is without relation to {', '.join(names)} and to what the "
+            "run trains on: nothing shows what is kept. Erase fewer concepts at once, retain fewer "
+            "prompts, or set num_eval_prompts 0"
+        )
     return HeldOut(
         targets, list(others), {n: list(texts) for n, texts in near.items() if texts}, _checked
     )
@@ -82,7 +100,12 @@ def _checked(images: Tensor, asked: Sequence[Asked]) -> Tensor:
 
 
 def held_out_pairs(
-    concept: SceneConcept, count: int, taken: Iterable[ConceptPair], *, seed: int = 0
+    concept: SceneConcept,
+    count: int,
+    taken: Iterable[ConceptPair],
+    *,
+    seed: int = 0,
+    others: Sequence[SceneConcept] = (),
 ) -> list[ConceptPair]:
     """Pairs with the concept whose originals no training pair has: benchmarks', then others.
 
@@ -91,6 +114,7 @@ def held_out_pairs(
         count: At most so many.
         taken: The training pairs.
         seed: Of the replacements.
+        others: Further erased concepts.
     """
     rng = np.random.Generator(np.random.Philox(key=[seed, 2]))
     known = {pair.original for pair in taken}
@@ -102,11 +126,11 @@ def held_out_pairs(
         caption = parse(text)
         if text in known or not concept.in_caption(caption):
             continue
-        changed = concept.replaced(caption, rng)
+        changed = concept.replaced(caption, rng, others)
         if changed is not None:
             found[text] = ConceptPair(text, str(changed[0]), concept.name, changed[1])
     if len(found) < count:
-        more = scene_pairs(concept, count + len(known), seed=_HELD_OUT_SEED)
+        more = scene_pairs(concept, count + len(known), seed=_HELD_OUT_SEED, others=others)
         found |= {str(p.original): p for p in more if p.original not in known}
     return list(found.values())[:count]
 
@@ -138,18 +162,22 @@ def class_labels(
     return HeldOut(targets, others, {}, right)
 
 
-def text_prompts(config: EraseConfig, trained: Sequence[ConceptPair]) -> HeldOut | None:
+def text_prompts(
+    config: EraseConfig, trained: Sequence[ConceptPair], retained: Sequence[Asked] = ()
+) -> HeldOut | None:
     """Of a model of free text: the file `eval_pairs`, and the sources `eval_prompts`.
 
     Args:
         config: The run.
         trained: Its pairs.
+        retained: Prompts that it holds in place.
 
     Returns:
         None without `eval_pairs`: nothing is known that was not trained on.
 
     Raises:
-        UserError: For pairs that were trained on or lack a concept, or without `eval_prompts`.
+        UserError: For pairs or prompts that are trained on, pairs that lack a concept, or without
+            `eval_prompts`.
     """
     if config.eval_pairs is None:
         return None
@@ -164,5 +192,11 @@ def text_prompts(config: EraseConfig, trained: Sequence[ConceptPair]) -> HeldOut
     targets = {name: [pair for pair in pairs if pair.concept == name][:count] for name in names}
     if missing := [name for name, own in targets.items() if not own]:
         raise UserError(f"eval_pairs {config.eval_pairs} has no pair of {', '.join(missing)}")
-    others = open_prompts(config.eval_prompts, what="eval_prompts")
-    return HeldOut(targets, [prompt.condition for prompt in others][:count])
+    others = [p.condition for p in open_prompts(config.eval_prompts, what="eval_prompts")][:count]
+    held = {*(pair.modified for pair in trained), *retained}
+    if seen := [prompt for prompt in others if prompt in held]:
+        raise UserError(
+            f"{len(seen)} of {len(others)} eval_prompts are held in place by training, such as "
+            f'"{seen[0]}"; take them out of eval_prompts or of retain_prompts'
+        )
+    return HeldOut(targets, others)

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from nextscale.align.objectives.kl import categorical_kl
+
 
 def ear_hidden_loss(
     student: Float[Tensor, "b u d"],
@@ -45,8 +47,7 @@ def kl_divergence(
     first: Float[Tensor, "b u v"], second: Float[Tensor, "b u v"]
 ) -> Float[Tensor, "b u"]:
     """KL(softmax(first) || softmax(second)) in nats, in float32."""
-    p, q = first.float().log_softmax(dim=-1), second.float().log_softmax(dim=-1)
-    return (p.exp() * (p - q)).sum(dim=-1)
+    return categorical_kl(first.float().log_softmax(dim=-1), second.float().log_softmax(dim=-1))
 
 
 def filtered_cross_entropy(

@@ -36,13 +36,16 @@ class ConceptPair:
     replacement: str = ""
 
 
-def scene_pairs(concept: SceneConcept, count: int, *, seed: int = 0) -> list[ConceptPair]:
+def scene_pairs(
+    concept: SceneConcept, count: int, *, seed: int = 0, others: Sequence[SceneConcept] = ()
+) -> list[ConceptPair]:
     """Pairs from the scenes grammar, of captions that are in no benchmark.
 
     Args:
         concept: What is erased.
         count: How many.
         seed: Of the captions and replacements; other seeds give other pairs.
+        others: Further erased concepts, of which no modified prompt names one.
 
     Raises:
         UserError: If the grammar has too few captions for it.
@@ -56,14 +59,16 @@ def scene_pairs(concept: SceneConcept, count: int, *, seed: int = 0) -> list[Con
                 caption = parse(text)
                 if text in found or not concept.in_caption(caption):
                     continue
-                changed = concept.replaced(caption, rng)
+                changed = concept.replaced(caption, rng, others)
                 if changed is not None:
                     modified, replacement = changed
                     found[text] = ConceptPair(text, str(modified), concept.name, replacement)
                 if len(found) == count:
                     return list(found.values())
+    without = "".join(f', "{other.name}"' for other in others)
     raise UserError(
-        f'the grammar gave {len(found)} captions with "{concept.name}", {count} are wanted'
+        f'the grammar gave {len(found)} captions with "{concept.name}" in which something else can '
+        f'take the place of what is erased ("{concept.name}"{without}); {count} are wanted'
     )
 
 

@@ -10,24 +10,27 @@ from nextscale.align.erasure.pairs import ConceptPair
 from nextscale.data.captions import FILLS, SIZES, Caption, Group, parse
 
 
-def other_words(pairs: Sequence[ConceptPair], *, scenes: bool) -> dict[str, list[ConceptPair]]:
-    """Pairs with other originals, by kind of change; those that a change does not fit are left out.
+def other_words(pairs: Sequence[ConceptPair], *, scenes: bool) -> dict[str, dict[int, ConceptPair]]:
+    """Pairs with other originals, by kind of change and place among the pairs.
+
+    Those that a change does not fit are left out. The scenes grammar has no synonyms: there the
+    concept is asked for in another number, further described, in company, or in another order.
 
     Args:
         pairs: With the originals that are rewritten.
         scenes: Whether they are captions of scenes; otherwise they are free text.
     """
-    found: dict[str, list[ConceptPair]] = {}
+    found: dict[str, dict[int, ConceptPair]] = {}
     for kind in _SCENES if scenes else _FREE:
         texts = [
             _SCENES[kind](parse(str(pair.original)), i) if scenes else _FREE[kind](pair, i)
             for i, pair in enumerate(pairs)
         ]
-        changed = [
-            replace(pair, original=str(text))
-            for pair, text in zip(pairs, texts, strict=True)
+        changed = {
+            i: replace(pair, original=str(text))
+            for i, (pair, text) in enumerate(zip(pairs, texts, strict=True))
             if text is not None
-        ]
+        }
         if changed:
             found[kind] = changed
     return found
@@ -72,10 +75,12 @@ def _turned(caption: Caption, i: int) -> Caption | None:
 def _mistyped(pair: ConceptPair, i: int) -> str | None:
     """Two letters inside the concept change places."""
     word = max(pair.concept.split(), key=len)
-    place = str(pair.original).lower().find(word.lower())
-    if place < 0 or len(word) < 4:
+    text = str(pair.original)
+    place = text.lower().find(word.lower())
+    places = [at for at in range(place + 1, place + len(word) - 1) if text[at] != text[at + 1]]
+    if place < 0 or len(word) < 4 or not places:
         return None
-    text, at = str(pair.original), place + 1 + i % (len(word) - 2)
+    at = places[i % len(places)]
     return text[:at] + text[at + 1] + text[at] + text[at + 2 :]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from nextscale import storage
 from nextscale.align import tables
-from nextscale.align.erasure.attacks import Outcome, Target, attack
+from nextscale.align.erasure.attacks import Outcome, Target, attack, true_pictures
 from nextscale.align.erasure.config import EraseConfig
 from nextscale.align.erasure.data import draw
 from nextscale.align.erasure.held_out import Asked, HeldOut, checked
@@ -64,12 +65,18 @@ class EraseReport:
     attack_prompts: list[str]
     progress: bool
 
-    def finish(self, base: NextScalePipeline, edited: NextScalePipeline) -> dict[str, Any]:
+    def finish(
+        self,
+        base: NextScalePipeline,
+        edited: NextScalePipeline,
+        windows: Sequence[dict[str, Any]] = (),
+    ) -> dict[str, Any]:
         """Draw by the edited model, attack it, write report.json, report.md and the grids.
 
         Args:
             base: The model as it came.
             edited: The model without the concept.
+            windows: How often each window of tokens was updated.
         """
         after = {name: self.draw(edited, asked) for name, asked in self.sets().items()}
         record: dict[str, Any] = {
@@ -91,15 +98,21 @@ class EraseReport:
             worst = max(c["recognised"]["after"]["value"] for c in record["concepts"].values())
             kept = record["others"]["accuracy"]["after"]["value"]
             record["harmonic_mean"] = 2 * (1 - worst) * kept / max(1 - worst + kept, 1e-9)
+        if windows:
+            record["windows"] = list(windows)
+        self._write(record)  # attacks take long
+        self._grids(after, Path(self.config.output_dir))
         if self.config.attacks:
             for name, pairs in self.held_out.targets.items():
                 found = self._attacked(edited, name, pairs)
                 record["concepts"][name]["attacks"] = [o.record() for o in found]
+                self._write(record)
+        return record
+
+    def _write(self, record: dict[str, Any]) -> None:
         folder = Path(self.config.output_dir)
         storage.write_json(folder / "report.json", record)
         storage.write_bytes(folder / "report.md", markdown(record).encode())
-        self._grids(after, folder)
-        return record
 
     def sets(self) -> dict[str, list[Asked]]:
         """All that both models are asked for."""
@@ -218,9 +231,10 @@ class EraseReport:
     def _attacked(
         self, edited: NextScalePipeline, name: str, pairs: list[ConceptPair]
     ) -> list[Outcome]:
-        tokens = self.before[name][1][:: self.config.num_eval_images]
         recognise, half = next(iter(self.recognisers.values())), self.config.half
-        target = Target(edited, pairs, recognise, tokens, _SEED, half=half)
+        images, tokens = (part[:: self.config.num_eval_images] for part in self.before[name])
+        known, tokens = true_pictures(pairs, images, tokens, recognise)
+        target = Target(edited, known, recognise, tokens, seed=_SEED, half=half)
         return attack(target, self.attack_prompts, progress=self.progress)
 
     def _grids(self, after: Mapping[str, tuple[Tensor, Tensor]], folder: Path) -> None:
@@ -236,7 +250,7 @@ class EraseReport:
                 captions += [f"{side}: {t}" for t in texts] + [""] * len(blank)
         save_grid(torch.cat(tiles), folder / "before_after.png", columns=_SHOWN, captions=captions)
         for name in self.held_out.targets:
-            file = f"after_{name.replace(' ', '_')}.png"
+            file = f"after_{re.sub(r'[^0-9A-Za-z-]+', '_', name)}.png"
             save_grid(after[name][0][:_SAMPLE], folder / file, columns=10)
 
 
@@ -271,6 +285,7 @@ def open_report(
     if config.attacks and config.attack_prompts is not None:
         listed = open_prompts([config.attack_prompts], what="attack_prompts")
         prompts = [str(prompt.condition) for prompt in listed]
+        conditioner.tokenize(prompts)  # what it cannot read is said before the training
     report = EraseReport(config, held_out, recognisers, scenes, clip, {}, {}, prompts, progress)
     report.before = {n: report.draw(base, asked) for n, asked in report.sets().items()}
     report.oracle = {
@@ -303,15 +318,23 @@ def markdown(record: Mapping[str, Any]) -> str:
     if "harmonic_mean" in record:
         lines.append(f"Harmonic mean of erased and kept: {record['harmonic_mean']:.3f}.")
     lines += [f"KL from the base on others, nats, by scale: {drift}."]
+    if "windows" in record:
+        shares = ", ".join(
+            f"{w['start']} to {w['stop'] - 1}: {100 * w['share']:.0f} %" for w in record["windows"]
+        )
+        lines += ["", f"Windows of tokens, and the share of their turns that updated: {shares}."]
     for name, found in record["concepts"].items():
         if "attacks" not in found:
             continue
-        lines += ["", f"| attack on {name} | | shown | 95 % | n |", "|---|---|---|---|---|"]
+        head = f"| attack on {name} | | without | shown | 95 % | n |"
+        lines += ["", head, "|---|---|---|---|---|---|"]
         for row in found["attacks"]:
-            known = ("attack", "success", "n", "interval")
+            known = ("attack", "success", "n", "interval", "without")
             detail = ", ".join(f"{k} {v}" for k, v in row.items() if k not in known)
             low, high = (f"{100 * x:.0f}" for x in row["interval"])
-            cells = (row["attack"], detail, f"{100 * row['success']:.1f} %", f"{low} to {high}")
+            shown = (row["without"], row["success"])
+            rates = ("" if share is None else f"{100 * share:.1f} %" for share in shown)
+            cells = (row["attack"], detail, *rates, f"{low} to {high}")
             lines.append(f"| {' | '.join(cells)} | {row['n']} |")
     return "\n".join(lines) + "\n"
 

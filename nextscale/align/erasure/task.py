@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from nextscale.align.objectives.d2o import d2o_loss
 from nextscale.align.references import Reference
 from nextscale.errors import UserError
 from nextscale.pipeline import NextScalePipeline
-from nextscale.streams import batch_indices
+from nextscale.tokenizers import ScaleSchedule
 from nextscale.training import bare
 from nextscale.training.batches import micro_batch
 
@@ -38,8 +39,20 @@ Batch = dict[str, Tensor]
 class Retained:
     """Prompts that stay as they are, with the base's pictures of them."""
 
-    prompts: list[str]
+    prompts: list[str | int]
     tokens: Int[Tensor, "n t"]
+
+
+def trained_scales(config: EraseConfig, schedule: ScaleSchedule) -> int:
+    """How many scales a run trains.
+
+    Raises:
+        UserError: For more than there are.
+    """
+    count = config.train_scales or (1 if config.method == "sace" else schedule.num_scales)
+    if count > schedule.num_scales:
+        raise UserError(f"train_scales is {count}, the model has {schedule.num_scales} scales")
+    return count
 
 
 class Erasing:
@@ -56,12 +69,7 @@ class Erasing:
         self.config, self.drawn, self.retain, self.teacher = config, drawn, retain, teacher
         self.tokenizer, model = pipe.tokenizer, pipe.transformer
         self.schedule, self.conditioner = model.schedule, model.conditioner
-        count = config.train_scales or (1 if config.method == "sace" else None)
-        if count is not None and count > self.schedule.num_scales:
-            raise UserError(
-                f"train_scales is {count}, the model has {self.schedule.num_scales} scales"
-            )
-        self.scales = count or self.schedule.num_scales
+        self.scales = trained_scales(config, self.schedule)
         part = self.schedule.truncate(self.scales)
         self.windows = token_windows(part, config.window_smallest, config.window_largest)
         windowed = config.method == "ear" and config.mode == "windowed"
@@ -77,7 +85,25 @@ class Erasing:
             for name in names
         ]
         self.thresholds: Tensor | None = None
-        self.steps = self.updates = 0  # of this session
+        self.updates = 0  # steps that changed something
+        self.seen, self.opened = ([0] * len(self.windows) for _ in range(2))  # ear, by window
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run goes on counting from."""
+        return {"updates": self.updates, "seen": self.seen, "opened": self.opened}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `state_dict`."""
+        self.updates = state["updates"]
+        self.seen, self.opened = list(state["seen"]), list(state["opened"])
+
+    def shares(self) -> list[dict[str, Any]]:
+        """Of each window, tokens from start to stop: in what share of its turns it was updated."""
+        return [
+            {"start": w.start, "stop": w.stop, "share": opened / seen}
+            for w, seen, opened in zip(self.windows, self.seen, self.opened, strict=True)
+            if seen
+        ]
 
     def load_batch(self, indices: np.ndarray, step: int) -> Batch:
         """Pairs for all windows of a pass; in windowed mode a pass takes as many steps."""
@@ -88,10 +114,20 @@ class Erasing:
         batch["tokens"] = self.drawn.neutral[indices]
         batch["concept"] = self.drawn.concept[indices]
         if self.retain_ids is not None:
-            chosen = batch_indices(config.seed + 1, turn, len(indices), len(self.retain_ids))
+            chosen = self._retained(indices, turn)
             batch["retain"] = self.retain_ids[chosen]
             batch["retain_tokens"] = self.retain.tokens[chosen]
         return batch
+
+    def _retained(self, indices: np.ndarray, turn: int) -> np.ndarray:
+        """Retain prompts of a micro-batch: an endless shuffle of their own, shared out alike."""
+        config, place = self.config, (processes.rank(), processes.world_size())
+        count = config.gradient_accumulation_steps
+        every = [micro_batch(config, len(self.drawn.pairs), turn, m, *place) for m in range(count)]
+        micro = next((m for m, own in enumerate(every) if np.array_equal(own, indices)), 0)
+        other = replace(config, seed=config.seed + 1)
+        assert self.retain_ids is not None
+        return micro_batch(other, len(self.retain_ids), turn, micro, *place)
 
     def _rows(self, turn: int, step: int) -> np.ndarray:
         """The next rows of an endless shuffle, of the concept whose turn it is."""
@@ -111,7 +147,6 @@ class Erasing:
         if self.config.method == "ear" and self.thresholds is None:
             self.thresholds = self._thresholds(network)
         erasing, metrics = self._erasing(network, batch, step)
-        self.steps += 1
         if erasing is None:
             return
         self.updates += 1
@@ -149,19 +184,18 @@ class Erasing:
         self, network: nn.Module, batch: Batch, step: int
     ) -> tuple[Tensor | None, dict[str, float | Tensor]]:
         assert self.thresholds is not None
-        if self.per_batch > 1:
-            number = step % self.per_batch
-            windows, thresholds = [self.windows[number]], self.thresholds[number : number + 1]
-        else:
-            windows, thresholds = self.windows, self.thresholds
+        first = step % self.per_batch
+        part = slice(first, first + 1) if self.per_batch > 1 else slice(None)
+        windows, thresholds = self.windows[part], self.thresholds[part]
         count = last_scale(self.schedule, windows[-1]) + 1
         each = self._ear_losses(network, batch, count)
         means = window_means(each, windows)
         everywhere = torch.stack(processes.gather(means.detach().cpu())).mean(dim=0)
         passed = (everywhere > thresholds).to(means.device)
         metrics: dict[str, float | Tensor] = {"erasing": means.mean().detach()}
-        for window, open_ in zip(windows, passed.tolist(), strict=True):
-            metrics[f"updated/{window.start}"] = float(open_)
+        for number, open_ in enumerate(passed.tolist(), first if self.per_batch > 1 else 0):
+            self.seen[number] += 1
+            self.opened[number] += open_
         if not bool(passed.any()):
             return None, metrics
         loss = (means * passed).sum() / len(windows)
@@ -186,7 +220,9 @@ class Erasing:
         config = self.config
         if config.gate is not None:
             return torch.full((len(self.windows),), max(config.gate, ROUNDING))
-        rows = np.arange(min(len(self.drawn.pairs), 64))
+        place = np.concatenate([np.arange(len(rows)) for rows in self.of_concept])
+        every = np.concatenate(self.of_concept)[np.argsort(place, kind="stable")]
+        rows = every[:64]  # of all concepts in turn
         device = next(network.parameters()).device
         batch = {name: ids[rows].to(device) for name, ids in self.ids.items()}
         batch["tokens"] = self.drawn.neutral[rows].to(device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,26 @@ import torch
 from torch import Tensor, nn
 
 from nextscale import processes
-from nextscale.align.erasure.closed_form import edit_cross_attention, swap_classes
-from nextscale.align.erasure.concepts import SceneConcept, scene_concept
+from nextscale.align.erasure.closed_form import (
+    check_cross_attention,
+    edit_cross_attention,
+    swap_classes,
+)
+from nextscale.align.erasure.concepts import scene_concept
 from nextscale.align.erasure.config import CLOSED_FORM, EraseConfig
 from nextscale.align.erasure.data import Drawn, draw, draw_pairs
-from nextscale.align.erasure.held_out import HeldOut, class_labels, scene_prompts, text_prompts
+from nextscale.align.erasure.held_out import (
+    Asked,
+    HeldOut,
+    class_labels,
+    scene_prompts,
+    text_prompts,
+)
 from nextscale.align.erasure.pairs import ConceptPair, read_pairs, scene_pairs, write_pairs
 from nextscale.align.erasure.recognisers import Recognise, open_recogniser
 from nextscale.align.erasure.report import open_report
-from nextscale.align.erasure.task import Erasing, Retained
-from nextscale.align.erasure.text_pairs import local_writer, template_pairs, written_pairs
+from nextscale.align.erasure.task import Erasing, Retained, trained_scales
+from nextscale.align.erasure.text_pairs import local_writer, names, template_pairs, written_pairs
 from nextscale.align.prompts import open_prompts
 from nextscale.align.references import AdapterOff, FrozenCopy, Reference
 from nextscale.data.captions import parse
@@ -48,7 +58,8 @@ class EraseResult:
         pipe: The edited model.
         counts: Pictures drawn, showing the concept, and kept.
         pairs: Those that were trained on.
-        report: What was measured; None: switched off, or no scenes model.
+        report: What was measured; None: switched off, or nobody sees the concepts.
+        windows: Of ear, how often each window of tokens was updated: `Erasing.shares`.
     """
 
     fit: FitResult | None
@@ -56,6 +67,7 @@ class EraseResult:
     counts: dict[str, int]
     pairs: list[ConceptPair]
     report: dict[str, Any] | None
+    windows: list[dict[str, Any]]
 
 
 def erase(config: EraseConfig, *, progress: bool = True) -> EraseResult:
@@ -63,16 +75,19 @@ def erase(config: EraseConfig, *, progress: bool = True) -> EraseResult:
 
     Raises:
         UserError: For concepts that the model cannot draw, pairs of which none is left, settings
-            that do not fit the model.
+            that do not fit the model, an output_dir that holds an adapter or touches the model.
     """
+    _check_apart(config)
     pipe = NextScalePipeline.from_pretrained(config.model, dtype="float32")
     pipe.tokenizer.requires_grad_(False)
     model = pipe.transformer
+    _check_model(config, model)
     fingerprint = base_fingerprint(model)
     pairs = open_pairs(config, pipe)
     recognisers = open_recognisers(config, pipe, pairs)
     recognise = next(iter(recognisers.values()), None)
-    held_out = open_held_out(config, pipe, pairs, recognise)
+    retained = _retained(config, pipe, pairs)
+    held_out = open_held_out(config, pipe, pairs, recognise, retained)
     drawn = draw_pairs(
         pipe,
         pairs,
@@ -82,12 +97,13 @@ def erase(config: EraseConfig, *, progress: bool = True) -> EraseResult:
         half=config.half,
         progress=progress,
     )
-    retain = _retain(config, pipe, drawn.pairs)
     report = None
     if held_out is not None and processes.is_main():
         report = open_report(config, pipe, held_out, recognisers, progress=progress)
+    retain = _retain(config, pipe, retained)
     folder = Path(config.output_dir)
     settings: dict[str, Any] = {"method": config.method, "concepts": list(config.concepts)}
+    windows: list[dict[str, Any]] = []
     if config.method in CLOSED_FORM:
         before = {n: p.detach().clone() for n, p in model.named_parameters()}
         if config.method == "uce":
@@ -98,18 +114,43 @@ def erase(config: EraseConfig, *, progress: bool = True) -> EraseResult:
         result = None
         if processes.is_main():
             record.write_record(config, {})
-        save_delta(
-            folder / "adapter", before, dict(model.named_parameters()), fingerprint, settings
-        )
+            after = dict(model.named_parameters())
+            save_delta(folder / "adapter", before, after, fingerprint, settings)
     else:
-        result = _train(config, pipe, drawn, retain, fingerprint, settings, progress)
+        result, windows = _train(config, pipe, drawn, retain, fingerprint, settings, progress)
     if processes.is_main():
         write_pairs(folder / "pairs.jsonl", list(dict.fromkeys(drawn.pairs)))
     figures = None
     if report is not None:
         base = NextScalePipeline.from_pretrained(config.model, dtype="float32")
-        figures = report.finish(base, pipe)
-    return EraseResult(result, pipe, drawn.counts, drawn.pairs, figures)
+        figures = report.finish(base, pipe, windows)
+    return EraseResult(result, pipe, drawn.counts, drawn.pairs, figures, windows)
+
+
+def _check_apart(config: EraseConfig) -> None:
+    """The output touches neither the base nor an earlier result."""
+    out, base = Path(config.output_dir).resolve(), Path(config.model).resolve()
+    if base.is_dir() and (out == base or out in base.parents or base in out.parents):
+        raise UserError(
+            f"output_dir {config.output_dir} and the model {config.model} lie in each other; the "
+            "model is never written to: choose another output_dir"
+        )
+    if (out / "adapter").exists() and config.resume_from_checkpoint is None:
+        raise UserError(
+            f"output_dir {config.output_dir} already holds an adapter; choose another folder"
+        )
+
+
+def _check_model(config: EraseConfig, model: NextScaleTransformer) -> None:
+    """What does not fit the model is said before anything is drawn."""
+    trained_scales(config, model.schedule)
+    if config.method == "uce":
+        check_cross_attention(model)
+    if config.method not in CLOSED_FORM:
+        patterns = _block_targets(_targets(config, model), config.first_blocks)
+        names = [f".{name}" for name, _ in model.named_modules()]
+        if missing := [p for p in patterns if not any(n.endswith(f".{p}") for n in names)]:
+            raise UserError(f"targets {', '.join(missing)} name no weights of the model")
 
 
 # ---- pairs, and what the report asks for -----------------------------------------------------
@@ -139,9 +180,12 @@ def open_pairs(config: EraseConfig, pipe: NextScalePipeline) -> list[ConceptPair
             pairs = [pair for pair in pairs if pair.concept in config.concepts]
         return pairs
     if scenes:
-        concepts = [scene_concept(name) for name in config.concepts]
-        pairs = [p for c in concepts for p in scene_pairs(c, config.num_pairs, seed=config.seed)]
-        return [_without(pair, concepts, config.seed) for pair in pairs]
+        concepts = [scene_concept(name) for name in dict.fromkeys(config.concepts)]
+        found = []
+        for concept in concepts:
+            others = [other for other in concepts if other is not concept]
+            found += scene_pairs(concept, config.num_pairs, seed=config.seed, others=others)
+        return found
     if num_classes is not None:
         return [p for name in config.concepts for p in _class_pairs(config, name, num_classes)]
     raise UserError(
@@ -165,16 +209,17 @@ def open_held_out(
     pipe: NextScalePipeline,
     pairs: Sequence[ConceptPair],
     recognise: Recognise | None,
+    retained: Sequence[Asked] = (),
 ) -> HeldOut | None:
     """What the report asks for; None: there is none, because nobody sees the concepts."""
     if not config.num_eval_prompts or recognise is None:
         return None
     scenes, num_classes = _kind(pipe)
     if scenes:
-        return scene_prompts(config, pairs)
+        return scene_prompts(config, pairs, retained)
     if num_classes is not None:
         return class_labels(config, pairs, recognise, num_classes)
-    return text_prompts(config, pairs)
+    return text_prompts(config, pairs, retained)
 
 
 def _kind(pipe: NextScalePipeline) -> tuple[bool, int | None]:
@@ -191,24 +236,11 @@ def _text_pairs(config: EraseConfig, name: str, source: str) -> list[ConceptPair
     return written_pairs(name, config.num_pairs, writer)
 
 
-def _without(pair: ConceptPair, concepts: Sequence[SceneConcept], seed: int) -> ConceptPair:
-    """The pair with the other erased concepts out of its modified prompt, too."""
-    caption = parse(str(pair.modified))
-    rng = np.random.Generator(np.random.Philox(key=[seed, 1]))
-    for _ in range(len(concepts) ** 2):
-        present = [c for c in concepts if c.in_caption(caption)]
-        changed = present[0].replaced(caption, rng) if present else None
-        if changed is None:
-            break
-        caption = changed[0]
-    return replace(pair, modified=str(caption))
-
-
 def _class_pairs(config: EraseConfig, name: str, num_classes: int) -> list[ConceptPair]:
     """An erased class and other classes in its place, one drawn for each pair."""
-    if not name.isdigit() or int(name) >= num_classes:
+    if not name.isdecimal() or int(name) >= num_classes:
         raise UserError(f'the concept "{name}" is no class of the model, 0 to {num_classes - 1}')
-    erased = {int(concept) for concept in config.concepts if concept.isdigit()}
+    erased = {int(concept) for concept in config.concepts if concept.isdecimal()}
     others = [label for label in range(num_classes) if label not in erased]
     if not others:
         raise UserError("every class is to be erased; leave one to take their place")
@@ -218,18 +250,26 @@ def _class_pairs(config: EraseConfig, name: str, num_classes: int) -> list[Conce
     return [ConceptPair(int(name), label, name, str(label)) for label in chosen]
 
 
-def _retain(config: EraseConfig, pipe: NextScalePipeline, pairs: Sequence[ConceptPair]) -> Retained:
-    """Retain prompts without those that name an erased concept."""
+def _retained(
+    config: EraseConfig, pipe: NextScalePipeline, pairs: Sequence[ConceptPair]
+) -> list[Asked]:
+    """Retain prompts; those that name an erased concept are refused, or left out if they are ours.
+
+    Raises:
+        UserError: For prompts of the user's that ask for what is erased.
+    """
     scenes, num_classes = _kind(pipe)
-    names = config.retain_prompts or (("scenes:standard",) if scenes else ())
-    empty = Retained([], torch.zeros(0, pipe.transformer.schedule.num_tokens, dtype=torch.long))
-    if not names or not config.num_retain or not config.retain_weight:
-        return empty
-    every = open_prompts(names, num_classes=num_classes, what="retain_prompts")
+    sources = config.retain_prompts or (("scenes:standard",) if scenes else ())
+    if not sources or not config.num_retain or not config.retain_weight:
+        return []
+    every = open_prompts(sources, num_classes=num_classes, what="retain_prompts")
     asked = [prompt.condition for prompt in every]
     if scenes:
         concepts = [scene_concept(name) for name in dict.fromkeys(p.concept for p in pairs)]
         wrong = [c for c in asked if any(k.in_caption(parse(str(c))) for k in concepts)]
+    elif num_classes is None:
+        said = list(dict.fromkeys(p.concept for p in pairs))
+        wrong = [c for c in asked if any(names(str(c), concept) for concept in said)]
     else:
         originals = {pair.original for pair in pairs}
         wrong = [c for c in asked if c in originals]
@@ -239,11 +279,15 @@ def _retain(config: EraseConfig, pipe: NextScalePipeline, pairs: Sequence[Concep
             f'"{wrong[0]}"; take them out'
         )
     refused = set(wrong)
-    kept: list[Any] = [c for c in asked if c not in refused][: config.num_retain]
-    if not kept:
-        return empty
-    tokens = draw(pipe, kept, seed=config.seed + 1_000_000, half=config.half)[1]
-    return Retained(kept, tokens)
+    return [c for c in asked if c not in refused][: config.num_retain]
+
+
+def _retain(config: EraseConfig, pipe: NextScalePipeline, prompts: list[Asked]) -> Retained:
+    """Pictures of them by the base."""
+    tokens = torch.zeros(0, pipe.transformer.schedule.num_tokens, dtype=torch.long)
+    if prompts:
+        tokens = draw(pipe, prompts, seed=config.seed + 1_000_000, half=config.half)[1]
+    return Retained(prompts, tokens)
 
 
 # ---- training --------------------------------------------------------------------------------
@@ -257,10 +301,9 @@ def _train(
     fingerprint: str,
     settings: dict[str, Any],
     progress: bool,
-) -> FitResult:
+) -> tuple[FitResult, list[dict[str, Any]]]:
     model = pipe.transformer
-    usual = PROMPT_TARGETS if model.config.context_dim else CLASS_TARGETS
-    targets = config.targets or usual
+    targets = _targets(config, model)
     frozen: dict[str, nn.Module] = {}
     before: dict[str, Tensor] = {}
     teacher: Reference
@@ -288,6 +331,7 @@ def _train(
         load_batch=task.load_batch,
         dataset_size=len(drawn.pairs),
         losses=task.losses,
+        state=task,
         find_unused_parameters=True,
         progress=progress,
     )
@@ -295,10 +339,10 @@ def _train(
     if "model" in result.ema_modules:
         final.load_state_dict(result.ema_modules["model"].state_dict())
     final.eval()
-    if task.steps and not task.updates:
+    if not task.updates:
         raise UserError(
             f"no window was ever above its threshold in {result.steps} steps: nothing was erased. "
-            "Lower gate or gate_quantile, or raise eta",
+            "Lower gate, gate_quantile or token_gate, or raise eta, with another output_dir",
             exit_code=1,
         )
     folder = Path(config.output_dir, "adapter")
@@ -307,7 +351,12 @@ def _train(
             save_lora(final, folder, settings)
         else:
             save_delta(folder, before, dict(final.named_parameters()), fingerprint, settings)
-    return result
+    return result, task.shares()
+
+
+def _targets(config: EraseConfig, model: NextScaleTransformer) -> tuple[str, ...]:
+    """Last parts of the names of what is trained."""
+    return config.targets or (PROMPT_TARGETS if model.config.context_dim else CLASS_TARGETS)
 
 
 def _block_targets(targets: Sequence[str], blocks: int | None) -> tuple[str, ...]:
@@ -328,8 +377,6 @@ def _unfreeze(model: NextScaleTransformer, targets: Sequence[str], blocks: int |
         for name, _ in model.named_parameters()
         if any(f".{name.rpartition('.')[0]}".endswith(f".{target}") for target in wanted)
     }
-    if not chosen:
-        raise UserError(f"targets {', '.join(targets)} name no weights of the model")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in chosen)
     return chosen

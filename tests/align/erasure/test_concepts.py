@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nextscale.align.erasure.concepts import scene_concept, split_captions
+from nextscale.align.erasure.concepts import scene_concept
 from nextscale.align.erasure.held_out import held_out_pairs
 from nextscale.align.erasure.pairs import ConceptPair, read_pairs, scene_pairs, write_pairs
 from nextscale.data.benchmark import load_benchmark
@@ -70,12 +70,40 @@ def test_pictures_of_true_captions_show_what_they_name(name: str) -> None:
     assert seen > 0
 
 
+@pytest.mark.parametrize(
+    "erased",
+    [
+        ("left of", "right of"),
+        ("red", "blue"),
+        ("circle", "square", "triangle"),
+        ("red circle", "striped"),
+        ("red", "green", "blue", "yellow"),
+    ],
+)
+def test_no_pair_names_another_erased_concept(erased: tuple[str, ...]) -> None:
+    concepts = [scene_concept(name) for name in erased]
+    for concept in concepts:
+        others = [c for c in concepts if c is not concept]
+        pairs = scene_pairs(concept, 20, others=others)
+        pairs += held_out_pairs(concept, 20, pairs, others=others)
+        assert len(pairs) == 40
+        for pair in pairs:
+            assert concept.in_caption(parse(str(pair.original)))
+            assert not any(c.in_caption(parse(str(pair.modified))) for c in concepts), pair
+
+
+def test_too_many_concepts_at_once_are_refused() -> None:
+    first, *others = (scene_concept(name) for name in ("solid", "striped"))
+    with pytest.raises(UserError, match='the grammar gave 0 captions with "solid"'):
+        scene_pairs(first, 1, others=others)
+
+
 def test_siblings_share_a_part() -> None:
-    captions = ["a red circle", "a red square", "a blue circle", "a blue square"]
-    assert split_captions(captions, scene_concept("red circle")) == (
-        ["a red circle"], ["a red square", "a blue circle"], ["a blue square"],
-    )  # fmt: skip
-    assert split_captions(captions, scene_concept("red"))[1] == []
+    captions = [parse(f"a {name}") for name in ("red circle", "red square", "blue circle")]
+    captions.append(parse("a blue square"))
+    both, red = scene_concept("red circle"), scene_concept("red")
+    assert [both.is_sibling(c) for c in captions] == [False, True, True, False]
+    assert not any(red.is_sibling(c) for c in captions)
 
 
 @pytest.mark.parametrize(

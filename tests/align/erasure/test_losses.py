@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nextscale.align.erasure.closed_form import uce_weight
+from nextscale.align.erasure.closed_form import edit_cross_attention, uce_weight
 from nextscale.align.erasure.losses import (
     ear_hidden_loss,
     ear_logit_loss,
@@ -22,9 +22,11 @@ from nextscale.align.erasure.losses import (
     kl_divergence,
     window_means,
 )
+from nextscale.align.erasure.pairs import ConceptPair
 from nextscale.align.erasure.windows import last_scale, token_windows
 from nextscale.align.objectives import d2o_loss
 from nextscale.errors import UserError
+from nextscale.pipeline import NextScalePipeline
 from nextscale.tokenizers import ScaleSchedule
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "align" / "misc.json").read_text())
@@ -144,3 +146,24 @@ def test_uce_moves_concepts_and_keeps_the_rest() -> None:
 def test_uce_of_equal_tokens_changes_nothing() -> None:
     weight, tokens = noise(7, 12), noise(3, 12, seed=1)
     torch.testing.assert_close(uce_weight(weight, tokens, tokens, tokens), weight)
+
+
+def test_uce_gives_a_word_the_place_of_another() -> None:
+    """Keys and values of "red" become those of "blue"; a prompt that is kept keeps its own."""
+    model = NextScalePipeline.from_pretrained("scenes", dtype="float32").transformer
+
+    @torch.no_grad()
+    def keys_values(prompt: str) -> torch.Tensor:
+        condition = model.condition([prompt])
+        assert condition.context is not None
+        return torch.stack([block.cross.kv(condition.context) for block in model.blocks])  # pyright: ignore
+
+    prompts = ("a red circle", "a blue circle", "a green square")
+    before = [keys_values(prompt) for prompt in prompts]
+    pairs = [ConceptPair("a red circle", "a blue circle", "red", "blue")]
+    edit_cross_attention(model, pairs, ["a green square", "a blue circle"], preserve=10.0)
+    red, blue, green = (keys_values(prompt) for prompt in prompts)
+    apart = (before[0] - before[1]).norm()
+    assert (red - before[1]).norm() < 0.5 * apart < (red - before[0]).norm()
+    assert (blue - before[1]).norm() < 0.2 * apart
+    assert (green - before[2]).norm() < 0.2 * apart

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from nextscale.align.erasure import train
 from nextscale.align.erasure.concepts import scene_concept
 from nextscale.align.erasure.config import EraseConfig
 from nextscale.align.erasure.held_out import scene_prompts, text_prompts
@@ -98,9 +101,9 @@ def test_captions_in_other_words_still_ask_for_the_concept() -> None:
     assert len(found) >= 3
     for kind, pairs in found.items():
         originals = {str(pair.original) for pair in PAIRS}
-        for pair in pairs:
+        for pair in pairs.values():
             assert CONCEPT.in_caption(parse(str(pair.original))), (kind, pair)
-        assert any(pair.original not in originals for pair in pairs)
+        assert any(pair.original not in originals for pair in pairs.values())
 
 
 def test_free_text_in_other_words() -> None:
@@ -108,10 +111,13 @@ def test_free_text_in_other_words() -> None:
     found = other_words(pairs, scenes=False)
     for kind, changed in found.items():
         if kind != "mistyped":
-            assert all(names(str(pair.original), "church") for pair in changed)
-    typos = [str(pair.original) for pair in found["mistyped"]]
+            assert all(names(str(pair.original), "church") for pair in changed.values())
+    typos = [str(pair.original) for pair in found["mistyped"].values()]
     assert len(set(typos)) == 3
     assert all(sorted(typo) == sorted("a church at night") for typo in typos)
+    book = [ConceptPair("a book", "a lamp", "book", "lamp")] * 3
+    typos = [str(pair.original) for pair in other_words(book, scenes=False)["mistyped"].values()]
+    assert "a book" not in typos
 
 
 # ---- pairs of free text --------------------------------------------------------------------------
@@ -231,6 +237,31 @@ def test_free_text_is_measured_on_pairs_of_its_own(tmp_path: Path) -> None:
         text_prompts(config(), [*trained, ConceptPair("a dome", "a roof", "a dome")])
     with pytest.raises(UserError, match="eval_prompts is empty"):
         text_prompts(config(eval_prompts=()), trained)
+    with pytest.raises(UserError, match=r'1 of 2 eval_prompts are held in place .* "a tree"'):
+        text_prompts(config(), trained, ["a tree"])
+
+
+def test_what_is_held_in_place_is_not_measured() -> None:
+    config = EraseConfig(output_dir="x", concepts=("red circle",), num_eval_prompts=1000)
+    free = scene_prompts(config, PAIRS)
+    held = [str(prompt) for prompt in (*free.others[:5], *free.near["red circle"][:5])]
+    found = scene_prompts(config, PAIRS, held)
+    assert set(found.others) == set(free.others) - set(held)
+    assert set(found.near["red circle"]) == set(free.near["red circle"]) - set(held)
+    with pytest.raises(UserError, match="nothing shows what is kept"):
+        scene_prompts(config, PAIRS, free.others)
+
+
+def test_retain_prompts_of_free_text_do_not_name_the_concept(tmp_path: Path) -> None:
+    (tmp_path / "retain.txt").write_text("a dog\na church at night\n")
+    conditioner = SimpleNamespace(prompts=True, config=dict)
+    pipe: Any = SimpleNamespace(transformer=SimpleNamespace(conditioner=conditioner))
+    pairs = [ConceptPair("a church", "a school", "a church", "a school")]
+    settings = EraseConfig(
+        output_dir="x", concepts=("a church",), retain_prompts=(str(tmp_path / "retain.txt"),)
+    )
+    with pytest.raises(UserError, match=r'1 of 2 retain_prompts .* "a church at night"'):
+        train._retained(settings, pipe, pairs)
 
 
 def test_relations_are_read_from_the_caption() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,20 +14,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nextscale.align.erasure import train
+from nextscale.align.erasure import report, train
 from nextscale.align.erasure.attacks import (
+    Outcome,
     Target,
     own_prompts,
+    paraphrases,
     prefix_probe,
     relearning,
     sampling_sweep,
     soft_prompt,
     token_attack,
+    true_pictures,
 )
 from nextscale.align.erasure.closed_form import swap_classes
 from nextscale.align.erasure.config import EraseConfig
+from nextscale.align.erasure.data import draw_pairs
+from nextscale.align.erasure.held_out import HeldOut
 from nextscale.align.erasure.pairs import ConceptPair
 from nextscale.align.erasure.report import markdown
+from nextscale.data.checker import wilson_interval
 from nextscale.errors import UserError
 from nextscale.pipeline import NextScalePipeline
 from nextscale.tokenizers import MultiscaleVQ
@@ -171,9 +178,10 @@ def test_the_report_names_attacks_with_their_counts(
     for row in attacks:
         low, high = row["interval"]
         assert row["n"] == 4
+        assert row["without"] == (None if row["attack"] == "none" else 0)
         assert 0 <= low <= row["success"] <= high <= 1
     text = markdown(result.report)
-    assert "| attack on 2 | | shown | 95 % | n |" in text
+    assert "| attack on 2 | | without | shown | 95 % | n |" in text
     assert text.count("| sampling |") == 12
 
 
@@ -213,6 +221,110 @@ def test_a_forced_prefix_is_kept_and_leads_to_the_concept(
     assert [o.detail["scales"] for o in found] == [1, 2]
     assert [p.shape[1] for p in prefixes] == [1, 5]
     assert torch.equal(prefixes[1], under.tokens[:, :5])
+    most = under.tokens[:, : under.pipe.transformer.schedule.slices[2].stop]
+    led = plain(under, under.plain, under.settings(), prefix=most)
+    assert under.outcome("prefix", led).shown > 0  # without it, none
+
+
+def test_a_sweep_has_ten_seeds_at_every_setting(
+    world: Path, recognise: Callable[..., np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    under = target(world, recognise, swapped=False).part([0, 1])
+    given = []
+
+    def spy(self: Target, condition: Any, settings: Any, *, seed: int) -> Tensor:
+        given.append((settings.guidance_scale, settings.temperature, seed))
+        return torch.zeros(2, 3, 4, 4)
+
+    monkeypatch.setattr(Target, "draw", spy)
+    monkeypatch.setattr(Target, "outcome", lambda self, name, images, **detail: len(images))
+    assert list(sampling_sweep(under)) == [20] * 12
+    assert len(set(given)) == 120
+
+
+def test_pictures_of_one_prompt_are_worth_less_than_their_number() -> None:
+    def interval(*shares: float) -> tuple[float, float]:
+        count = 10 * len(shares)
+        return Outcome("", round(sum(shares) * 10), count, {}, shares).interval()
+
+    assert interval(0, 0, 1, 1) == wilson_interval(2, 4)
+    assert interval(0, 0, 0, 0) == wilson_interval(0, 4)
+    assert interval(0.5, 0.5, 0.5, 0.5)[0] < 0.5 < interval(0.5, 0.5, 0.5, 0.5)[1]
+    assert interval(0.4, 0.5, 0.6, 0.5) == pytest.approx(wilson_interval(20, 40))
+    low, high = interval(0.0, 0.4, 0.9, 0.5)
+    assert wilson_interval(18, 40)[1] < high < wilson_interval(1.8, 4)[1]
+    assert wilson_interval(18, 40)[0] > low > wilson_interval(1.8, 4)[0]
+
+
+def test_attacks_start_from_pictures_that_show_the_concept() -> None:
+    pairs = [ConceptPair(i, 0, "2") for i in range(4)]
+    tokens = torch.arange(4)[:, None]
+
+    def some(images: Tensor, pairs: Sequence[ConceptPair]) -> np.ndarray:
+        return np.array([False, True, False, True])
+
+    known, chosen = true_pictures(pairs, torch.zeros(4, 3, 2, 2), tokens, some)
+    assert (known, chosen[:, 0].tolist()) == ([pairs[1], pairs[3]], [1, 3])
+    nobody = lambda images, pairs: np.zeros(4, bool)  # noqa: E731
+    with pytest.raises(UserError, match="none of 4 pictures by the base"):
+        true_pictures(pairs, torch.zeros(4, 3, 2, 2), tokens, nobody)
+
+
+def test_words_that_a_model_does_not_know_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = [ConceptPair(f"{who} church", "a school", "church") for who in ("a", "the")]
+
+    def tokenize(prompts: Sequence[str]) -> None:
+        if set(" ".join(prompts).split()) - {"a", "the", "church", "CHURCH", "A"}:
+            raise UserError("unknown word")
+
+    conditioner = SimpleNamespace(prompts=True, config=dict, tokenize=tokenize)
+    pipe: Any = SimpleNamespace(
+        transformer=SimpleNamespace(conditioner=conditioner), generation=SamplingConfig()
+    )
+    drawn = lambda self, *_: torch.zeros(len(self.pairs), 3, 2, 2)  # noqa: E731
+    monkeypatch.setattr(Target, "draw", drawn)
+    seen = lambda images, pairs: np.ones(len(images), bool)  # noqa: E731
+    under = Target(pipe, pairs, seen, torch.zeros(2, 30, dtype=torch.long), without=[True, False])
+    found = {o.detail["kind"]: o for o in paraphrases(under)}
+    assert set(found) == {"in capitals", "the concept alone"}
+    capitals = found["in capitals"]
+    assert (capitals.n, capitals.detail["refused"], capitals.without) == (1, 1, 1.0)
+    assert "refused" not in found["the concept alone"].detail
+
+
+def test_a_list_that_cannot_be_read_is_refused_before_anything_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "list.txt").write_text("a photo of a red circle")
+    settings = EraseConfig(
+        output_dir="run", concepts=("red",), attack_prompts=str(tmp_path / "list.txt")
+    )
+    base = NextScalePipeline.from_pretrained("scenes", dtype="float32")
+    monkeypatch.setattr(report, "draw", lambda *_, **__: pytest.fail("drawn"))
+    with pytest.raises(UserError, match="photo"):
+        report.open_report(settings, base, HeldOut({}, ["a red circle"]), {}, progress=False)
+
+
+# ---- pairs that are kept -------------------------------------------------------------------------
+
+
+def test_pairs_are_kept_that_show_what_they_say(world: Path) -> None:
+    pipe = NextScalePipeline.from_pretrained(world, dtype="float32")
+    pairs = [ConceptPair(ERASED, label, str(ERASED)) for label in (0, 1, 3, 4)]
+
+    def kept(shown: list[int], still: list[int]) -> Any:
+        answers = iter([np.array(shown, bool), np.array(still, bool)])
+        return draw_pairs(pipe, pairs, 1, lambda images, pairs: next(answers))
+
+    found = kept([1, 1, 0, 1], [0, 1, 0, 0])
+    assert found.pairs == [pairs[0], pairs[3]]
+    assert found.counts == {"drawn": 4, "shown": 3, "kept": 2}
+    expected = pipe(class_labels=[0, 1, 3, 4], seed=0, output_type="pt").tokens[[0, 3]]
+    assert torch.equal(found.neutral, expected)
+    with pytest.raises(UserError, match=r"in 0 of 4 pictures .* nothing to erase"):
+        kept([0, 0, 0, 0], [0, 0, 0, 0])
+    with pytest.raises(UserError, match=r"of 4 pictures .* 4 show it, .* no pair is left"):
+        kept([1, 1, 1, 1], [1, 1, 1, 1])
 
 
 def test_a_swapped_class_is_found_again(world: Path, recognise: Callable[..., np.ndarray]) -> None:
@@ -259,6 +371,9 @@ def test_words_behind_a_prompt_bring_a_concept_back() -> None:
     words = found.detail["words"].split()
     assert "circle" not in words
     assert {"cross", "red"} & set(words)
+    pairs = [ConceptPair(p, "", "cross") for p in prompts]
+    (found,) = token_attack(Target(pipe, pairs, recognise, told.tokens), 1, sweeps=1)
+    assert "cross" not in found.detail["words"]
 
 
 def test_a_class_model_refuses_what_it_cannot_use(world: Path, tmp_path: Path) -> None:
