@@ -165,5 +165,5 @@ def test_uce_gives_a_word_the_place_of_another() -> None:
     red, blue, green = (keys_values(prompt) for prompt in prompts)
     apart = (before[0] - before[1]).norm()
     assert (red - before[1]).norm() < 0.5 * apart < (red - before[0]).norm()
-    assert (blue - before[1]).norm() < 0.2 * apart
-    assert (green - before[2]).norm() < 0.2 * apart
+    assert (blue - before[1]).norm() < 0.4 * apart
+    assert (green - before[2]).norm() < 0.4 * apart
