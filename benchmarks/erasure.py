@@ -4,7 +4,7 @@
 
 Suites: `methods` takes a colour, a shape, a bound pair, a relation and a fill out by EAR and by
 each baseline; `windows` and `gate` change EAR's window length and its gate; `scales` trains the
-first scales alone.
+first scales alone. `methods` also draws docs/images/erasure.png from the first seed's runs of EAR.
 
 Each run is the recipe erase-scenes with --steps steps, in a process of its own, then its report
 without attacks (`benchmarks/erasure_attacks.py` has those). Runs in the results are not run again,
@@ -29,6 +29,11 @@ import torch
 from sampling import _cpu_name
 
 from nextscale import storage
+from nextscale.align.erasure.concepts import scene_concept
+from nextscale.data.benchmark import load_benchmark
+from nextscale.data.captions import parse
+from nextscale.pipeline import NextScalePipeline
+from nextscale.training import save_grid
 
 CONCEPTS = ("red", "circle", "red circle", "left of", "striped")
 SUITES: dict[str, dict[str, str]] = {
@@ -59,6 +64,12 @@ def run(command: list[str], log: Path) -> None:
         status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
     if status:
         raise SystemExit(f"{' '.join(command)}\nfailed; see {log}")
+
+
+def folder_of(name: str, concept: str, seed: int, options: argparse.Namespace) -> Path:
+    """Where a run lies."""
+    words = f"{options.suite} {name} {concept} {seed} {options.steps} {options.prompts}"
+    return Path(options.output_dir, words.replace(" ", "_"))
 
 
 def read(folder: Path, concept: str) -> dict[str, Any]:
@@ -120,6 +131,24 @@ def markdown(rows: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+@torch.no_grad()
+def pictures(folders: dict[str, Path], path: Path) -> None:
+    """Two rows for each concept, before and after: five captions with it and four without."""
+    captions, tiles, below = load_benchmark("standard"), [], []
+    for name, folder in folders.items():
+        concept = scene_concept(name)
+        asked = [concept.in_caption(parse(caption)) for caption in captions]
+        own = [c for c, with_it in zip(captions, asked, strict=True) if with_it][:5]
+        own += [c for c, with_it in zip(captions, asked, strict=True) if not with_it][:4]
+        pipe = NextScalePipeline.from_pretrained("scenes", dtype="float32")
+        for side in ("before", f"without {name}"):
+            if side != "before":
+                pipe.load_lora(folder / "adapter")
+            tiles.append(pipe(own, seed=0, num_candidates=1, output_type="pt").images)
+            below += own if side == "before" else [side] * len(own)
+    save_grid(torch.cat(tiles), path, columns=9, captions=below)
+
+
 def results(output: Path) -> dict[str, Any]:
     """Row -> concept -> seed -> what was found, so far."""
     return json.loads(output.read_text())["rows"] if output.is_file() else {}
@@ -135,6 +164,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=100, help="held-out prompts of each kind")
     parser.add_argument("--output_dir", default="runs/erasure")
     parser.add_argument("--output", help="otherwise benchmarks/results/erasure_SUITE.json")
+    parser.add_argument("--picture", default="docs/images/erasure.png")
     options = parser.parse_args()
     suite = SUITES[options.suite]
     names = options.rows or list(suite)
@@ -154,8 +184,7 @@ def main() -> None:
                 runs = results(output).get(name, {}).get(concept, {})
                 if runs.get(str(seed), {}).get("command") == command:
                     continue
-                words = f"{options.suite} {name} {concept} {seed} {options.steps} {options.prompts}"
-                folder = Path(options.output_dir, words.replace(" ", "_"))
+                folder = folder_of(name, concept, seed, options)
                 if not (folder / "report.json").is_file():
                     shutil.rmtree(folder, ignore_errors=True)
                     called = [sys.executable, "-m", "nextscale", "erase", *flags]
@@ -175,6 +204,8 @@ def main() -> None:
                 storage.write_json(output, result)
     if options.suite == "methods":
         print(markdown(results(output)))
+        folders = {c: folder_of("EAR", c, options.seeds[0], options) for c in CONCEPTS}
+        pictures({c: f for c, f in folders.items() if f.is_dir()}, Path(options.picture))
 
 
 if __name__ == "__main__":

@@ -43,6 +43,13 @@ def uce_weight(
     return torch.linalg.solve(right + eye, left, left=False).to(weight)
 
 
+def check_classes(model: NextScaleTransformer) -> ClassConditioner:
+    """The class embedding; raises a UserError for a model of prompts."""
+    if not isinstance(model.conditioner, ClassConditioner):
+        raise UserError("class_swap is for class-conditional models; use uce or ear")
+    return model.conditioner
+
+
 def check_cross_attention(model: NextScaleTransformer) -> None:
     """Raises a UserError for a model without it."""
     if model.config.context_dim is None:
@@ -100,9 +107,7 @@ def swap_classes(model: NextScaleTransformer, pairs: Sequence[ConceptPair]) -> N
     Raises:
         UserError: For a model of prompts, or a class with several replacements.
     """
-    conditioner = model.conditioner
-    if not isinstance(conditioner, ClassConditioner):
-        raise UserError("class_swap is for class-conditional models; use uce or ear")
+    conditioner = check_classes(model)
     places: dict[int, int] = {}
     for pair in pairs:
         first, second = int(pair.original), int(pair.modified)

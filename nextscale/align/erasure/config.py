@@ -63,7 +63,8 @@ class EraseConfig(TrainingConfig):
     gate: float | None = None
     """ear: a window whose mean loss is not above this changes nothing; None: `gate_quantile`."""
     gate_quantile: float = 0.1
-    """ear: the threshold of each window is this quantile of its losses before training."""
+    """ear: the threshold of each window is this quantile of single pictures' losses before
+    training. Means of batches scatter less, so that high quantiles never open."""
     token_gate: float = 0.0
     """ear: tokens with a loss below this count as 0."""
     train_scales: int | None = None

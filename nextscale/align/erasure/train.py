@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nextscale import processes
 from nextscale.align.erasure.closed_form import (
+    check_classes,
     check_cross_attention,
     edit_cross_attention,
     swap_classes,
@@ -146,6 +147,8 @@ def _check_model(config: EraseConfig, model: NextScaleTransformer) -> None:
     trained_scales(config, model.schedule)
     if config.method == "uce":
         check_cross_attention(model)
+    if config.method == "class_swap":
+        check_classes(model)
     if config.method not in CLOSED_FORM:
         patterns = _block_targets(_targets(config, model), config.first_blocks)
         names = [f".{name}" for name, _ in model.named_modules()]
