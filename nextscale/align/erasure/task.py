@@ -193,7 +193,7 @@ class Erasing:
         everywhere = torch.stack(processes.gather(means.detach().cpu())).mean(dim=0)
         passed = (everywhere > thresholds).to(means.device)
         metrics: dict[str, float | Tensor] = {"erasing": means.mean().detach()}
-        for number, open_ in enumerate(passed.tolist(), first if self.per_batch > 1 else 0):
+        for number, open_ in enumerate(passed.tolist(), first):
             self.seen[number] += 1
             self.opened[number] += open_
         if not bool(passed.any()):
