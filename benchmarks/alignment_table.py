@@ -15,7 +15,7 @@ candidates. Runs that are in the results are not run again, nor are those in --o
 interrupted series goes on. `--rows` and `--seeds` choose. Writes
 benchmarks/results/alignment_SUITE.json, and the rollouts' rewards against samples drawn as
 docs/images/alignment_SUITE.png (but for `sets`; of `find` what is measured after them); `table`
-also prints itself as Markdown.
+and `further` also print themselves as Markdown.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ SUITES: dict[str, dict[str, str]] = {
     },
     "further": {
         "base": BASE,
-        "GRPO": f"--config grpo-scenes {RATE}",
+        "GRPO": FURTHER,
         "Sibling-GRPO": f"{FURTHER} --method sibling --sibling.steps 1 3 --num_generations 2 "
         "--sibling.loss.scale_weight scale",
         "NFT": f"{FURTHER} --method nft --nft.threshold 1.5 --nft.scale_weight scale",
@@ -360,10 +360,8 @@ def main() -> None:
             folder = folder_of(name, seed, options)
             flags = flags_of(suite[name], seed, options)
             command = f"nextscale align {' '.join(flags)}"
-            if (
-                results(output).get(name, {"runs": {}})["runs"].get(str(seed), {}).get("command")
-                == command
-            ):
+            runs = results(output).get(name, {"runs": {}})["runs"]
+            if runs.get(str(seed), {}).get("command") == command:
                 continue
             if not (folder / "peak_memory_kb").is_file():
                 run(folder, flags, earlier_of(name, seed, options))
