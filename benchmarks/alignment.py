@@ -19,12 +19,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
-from sampling import _cpu_name
+from record import save_record
 
 from nextscale.align.policies.next_scale import NextScalePolicy
 from nextscale.data.benchmark import load_benchmark
@@ -189,16 +187,14 @@ def main() -> None:
     for row in steps.values():
         row["ratio_of_speed"] = round(row["samples_per_second"] / first["samples_per_second"], 2)
         row["ratio_of_memory"] = round(row["peak_mb"] / first["peak_mb"], 2)
-    record = {
-        "command": "python benchmarks/alignment.py",
-        "hardware": _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "versions": {"torch": torch.__version__, "peft": version("peft")},
-        "branching": branching(),
-        "evaluation": evaluation(),
-        "steps": steps,
-    }
-    Path(arguments.output).write_text(json.dumps(record, indent=1) + "\n")
+    save_record(
+        arguments.output,
+        "python benchmarks/alignment.py",
+        "peft",
+        branching=branching(),
+        evaluation=evaluation(),
+        steps=steps,
+    )
 
 
 if __name__ == "__main__":

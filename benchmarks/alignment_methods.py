@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sampling import _cpu_name
+from record import save_record
 from torch import Tensor
 
 from nextscale import processes
@@ -124,16 +124,13 @@ def main() -> None:
             run(own, ROWS[name], options)
         print(name, json.dumps(read(own)["checker"]), flush=True)
     runs = {name: folder / name.lower().replace(",", "").replace(" ", "_") for name in ROWS}
-    result = {
-        "command": f"python benchmarks/alignment_methods.py --steps {options.steps} "
+    save_record(
+        options.output,
+        f"python benchmarks/alignment_methods.py --steps {options.steps} "
         f"--learning_rate {options.learning_rate} --num_eval_prompts {options.num_eval_prompts} "
         f"--seed {options.seed}",
-        "hardware": _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "versions": {"torch": torch.__version__},
-        "rows": {n: read(x) for n, x in runs.items() if (x / "report.json").is_file()},
-    }
-    Path(options.output).write_text(json.dumps(result, indent=1) + "\n")
+        rows={n: read(x) for n, x in runs.items() if (x / "report.json").is_file()},
+    )
 
 
 SCHEDULE = NextScalePipeline.from_pretrained("scenes").tokenizer.schedule

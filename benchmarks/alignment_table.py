@@ -30,13 +30,11 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
-from sampling import _cpu_name
+from record import earlier, save_record
 
 from nextscale.data.benchmark import training_captions
 from nextscale.data.captions import parse
@@ -322,11 +320,6 @@ def markdown(rows: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def results(output: Path) -> dict[str, Any]:
-    """Row -> its runs by seed, so far."""
-    return json.loads(output.read_text())["rows"] if output.is_file() else {}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--suite", default="table", choices=list(SUITES))
@@ -360,27 +353,24 @@ def main() -> None:
             folder = folder_of(name, seed, options)
             flags = flags_of(suite[name], seed, options)
             command = f"nextscale align {' '.join(flags)}"
-            runs = results(output).get(name, {"runs": {}})["runs"]
+            runs = earlier(output).get(name, {"runs": {}})["runs"]
             if runs.get(str(seed), {}).get("command") == command:
                 continue
             if not (folder / "peak_memory_kb").is_file():
                 run(folder, flags, earlier_of(name, seed, options))
-            table = results(output)  # anew: another process may have added to it
+            table = earlier(output)  # anew: another process may have added to it
             row = table.setdefault(name, {"runs": {}})
             row["runs"][str(seed)] = {"command": command, **read(folder)}
             row["summary"] = summary(list(row["runs"].values()))
             print(name, seed, json.dumps(row["runs"][str(seed)]), flush=True)
-            result = {
-                "command": f"python benchmarks/alignment_table.py --suite {options.suite} "
+            save_record(
+                output,
+                f"python benchmarks/alignment_table.py --suite {options.suite} "
                 f"--rollouts {options.rollouts} --prompts {options.prompts}",
-                "samples_drawn": total,
-                "hardware": _cpu_name(),
-                "threads": torch.get_num_threads(),
-                "versions": {"torch": version("torch")},
-                "rows": table,
-            }
-            output.write_text(json.dumps(result, indent=1) + "\n")
-    table = results(output)
+                samples_drawn=total,
+                rows=table,
+            )
+    table = earlier(output)
     if options.suite in ("table", "further") and {"base", "GRPO"} <= set(table):
         print(markdown(table))
     picture = Path(options.plot or f"docs/images/alignment_{options.suite}.png")

@@ -17,22 +17,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from control_overhead import Multiplications
-from sampling import _cpu_name
+from record import earlier, save_record
 from tqdm import tqdm
 
-from nextscale import storage
 from nextscale.control import open_extractor
 from nextscale.data.sources import open_source
 from nextscale.pipeline import NextScalePipeline
@@ -204,24 +201,12 @@ def markdown(table: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def results(output: Path) -> dict[str, Any]:
-    """Row -> control type -> seed -> what was found, so far."""
-    return json.loads(output.read_text())["rows"] if output.is_file() else {}
-
-
 def write(output: Path, options: argparse.Namespace, rows: dict[str, Any]) -> None:
     """The results, with what they were made on."""
     words = f"python benchmarks/control.py --suite {options.suite}"
     if options.suite != "cost":
         words += f" --steps {options.steps} --images {options.images}"
-    result = {
-        "command": words,
-        "hardware": _cpu_name(),
-        "threads": int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())),
-        "versions": {"torch": version("torch")},
-        "rows": rows,
-    }
-    storage.write_json(output, result)
+    save_record(output, words, rows=rows)
 
 
 def main() -> None:
@@ -252,7 +237,7 @@ def main() -> None:
             for name in names:
                 flags = train_flags(suite[name], kind, seed, options)
                 command = f"nextscale train control {' '.join(flags)}"
-                runs = results(output).get(name, {}).get(kind, {})
+                runs = earlier(output).get(name, {}).get(kind, {})
                 if runs.get(str(seed), {}).get("command") == command:
                     continue
                 folder = folder_of(name, kind, seed, options)
@@ -263,10 +248,10 @@ def main() -> None:
                     run([*nextscale, "eval", *eval_flags(folder, kind, options)], folder / "e.log")
                 found = {"command": command, **read(folder, kind)}
                 print(name, kind, seed, json.dumps(found), flush=True)
-                table = results(output)  # anew: another process may have added to it
+                table = earlier(output)  # anew: another process may have added to it
                 table.setdefault(name, {}).setdefault(kind, {})[str(seed)] = found
                 write(output, options, table)
-    print(markdown(results(output)))
+    print(markdown(earlier(output)))
     folders = {(n, k): folder_of(n, k, options.seeds[0], options) for n in names for k in TYPES}
     if options.suite == "modules" and all(f.is_dir() for f in folders.values()):
         strip(names, folders, Path(options.strip))

@@ -14,12 +14,12 @@ import argparse
 import json
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sampling import _cpu_name, build
+from record import save_record
+from sampling import build
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -151,16 +151,8 @@ def main() -> None:
                 "loss_after_a_step_bfloat16": train_step(model, module, maps[:1], torch.bfloat16),
             }
         print(name, json.dumps(rows[name]), flush=True)
-        result = {
-            "command": "python benchmarks/control_overhead.py",
-            "depth": options.depth,
-            "batch": options.batch,
-            "hardware": _cpu_name(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "rows": rows,
-        }
-        Path(options.output).write_text(json.dumps(result, indent=1) + "\n")
+        command = "python benchmarks/control_overhead.py"
+        save_record(options.output, command, depth=options.depth, batch=options.batch, rows=rows)
 
 
 if __name__ == "__main__":

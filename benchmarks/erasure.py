@@ -16,19 +16,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import statistics
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from sampling import _cpu_name
+from record import earlier, save_record
 
-from nextscale import storage
 from nextscale.align.erasure.concepts import scene_concept
 from nextscale.data.benchmark import load_benchmark
 from nextscale.data.captions import parse
@@ -74,12 +71,12 @@ def folder_of(name: str, concept: str, seed: int, options: argparse.Namespace) -
 
 def read(folder: Path, concept: str) -> dict[str, Any]:
     """What the table shows of a run."""
-    record = json.loads((folder / "report.json").read_text())
-    own, others = record["concepts"][concept], record["others"]
+    report = json.loads((folder / "report.json").read_text())
+    own, others = report["concepts"][concept], report["others"]
     seen = {"recognised": own["recognised"], "others": others["accuracy"]}
     if "near" in own:
         seen["near"] = own["near"]["accuracy"]
-    found: dict[str, Any] = {"by": record["recognisers"][0]}
+    found: dict[str, Any] = {"by": report["recognisers"][0]}
     for name, row in seen.items():
         found |= {f"{name}/{side}": row[side]["value"] for side in ("before", "after")}
         found[f"{name}/after_ci95"] = row["after"]["ci95"]
@@ -90,8 +87,8 @@ def read(folder: Path, concept: str) -> dict[str, Any]:
             for side in ("before", "after")
         }
     found["oracle"] = own["oracle"]["value"]
-    found["harmonic_mean"] = record["harmonic_mean"]
-    found["kl"] = record["drift"]["total"]
+    found["harmonic_mean"] = report["harmonic_mean"]
+    found["kl"] = report["drift"]["total"]
     for side in ("before", "after"):
         found[f"fd_scenes/{side}"] = others["fd_scenes"][side]["value"]
         found[f"vendi_within_prompt/{side}"] = own["vendi_within_prompt"][side]["value"]
@@ -149,11 +146,6 @@ def pictures(folders: dict[str, Path], path: Path) -> None:
     save_grid(torch.cat(tiles), path, columns=9, captions=below)
 
 
-def results(output: Path) -> dict[str, Any]:
-    """Row -> concept -> seed -> what was found, so far."""
-    return json.loads(output.read_text())["rows"] if output.is_file() else {}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--suite", default="methods", choices=list(SUITES))
@@ -181,7 +173,7 @@ def main() -> None:
                 flags += suite[name].split()
                 shown = " ".join(f'"{f}"' if " " in f else f for f in flags)
                 command = f"nextscale erase {shown}"
-                runs = results(output).get(name, {}).get(concept, {})
+                runs = earlier(output).get(name, {}).get(concept, {})
                 if runs.get(str(seed), {}).get("command") == command:
                     continue
                 folder = folder_of(name, concept, seed, options)
@@ -191,19 +183,13 @@ def main() -> None:
                     run([*called, "--output_dir", str(folder)], Path(f"{folder}.log"))
                 found = {"command": command, **read(folder, concept)}
                 print(name, concept, seed, json.dumps(found), flush=True)
-                table = results(output)  # anew: another process may have added to it
+                table = earlier(output)  # anew: another process may have added to it
                 table.setdefault(name, {}).setdefault(concept, {})[str(seed)] = found
-                result = {
-                    "command": f"python benchmarks/erasure.py --suite {options.suite} "
-                    f"--steps {options.steps} --prompts {options.prompts}",
-                    "hardware": _cpu_name(),
-                    "threads": int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())),
-                    "versions": {"torch": version("torch")},
-                    "rows": table,
-                }
-                storage.write_json(output, result)
+                made_by = f"python benchmarks/erasure.py --suite {options.suite} "
+                made_by += f"--steps {options.steps} --prompts {options.prompts}"
+                save_record(output, made_by, rows=table)
     if options.suite == "methods":
-        print(markdown(results(output)))
+        print(markdown(earlier(output)))
         folders = {c: folder_of("EAR", c, options.seeds[0], options) for c in CONCEPTS}
         pictures({c: f for c, f in folders.items() if f.is_dir()}, Path(options.picture))
 

@@ -11,19 +11,17 @@ benchmarks/results/erasure_attacks.json and prints it as Markdown.
 from __future__ import annotations
 
 import argparse
-import json
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
-from sampling import _cpu_name
+from record import earlier, save_record
 
-from nextscale import storage
-from nextscale.align.erasure.attacks import Target, attack, true_pictures
+from nextscale.align.erasure.attacks import attack
 from nextscale.align.erasure.config import EraseConfig
 from nextscale.align.erasure.data import draw
 from nextscale.align.erasure.pairs import read_pairs
+from nextscale.align.erasure.target import Target, true_pictures
 from nextscale.align.erasure.train import open_held_out, open_recognisers
 from nextscale.pipeline import NextScalePipeline
 
@@ -84,16 +82,11 @@ def main() -> None:
     parser.add_argument("--output", default="benchmarks/results/erasure_attacks.json")
     options = parser.parse_args()
     output, called = Path(options.output), "python benchmarks/erasure_attacks.py"
-    runs: dict[str, Any] = json.loads(output.read_text())["runs"] if output.is_file() else {}
+    runs = earlier(output, "runs")
     for folder in map(Path, options.runs):
         runs[str(folder)] = attacked(folder, options.prompts)
-        result = {
-            "command": f"{called} --prompts {options.prompts} --runs {' '.join(runs)}",
-            "hardware": _cpu_name(),
-            "versions": {"torch": version("torch")},
-            "runs": runs,
-        }
-        storage.write_json(output, result)
+        command = f"{called} --prompts {options.prompts} --runs {' '.join(runs)}"
+        save_record(output, command, runs=runs)
     print(markdown(runs))
 
 

@@ -13,19 +13,19 @@ import argparse
 import json
 import os
 import resource
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from sampling import _cpu_name
+from record import save_record
 
 from nextscale.eval.frechet import Moments, frechet_distance
 from nextscale.eval.inception import _TRUNK, _network, random_weights
@@ -182,17 +182,11 @@ def main() -> None:
     for tool in rows:
         if peers and "nextscale" in tool:
             rows[tool]["ratio"] = round(rows[tool]["images_per_second"] / max(peers), 2)
-    packages = ("torch", "torch-fidelity", "pytorch-fid", "clean-fid", "scipy")
-    result = {
-        "command": " ".join(["python", *sys.argv]),
-        "hardware": _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in packages},
-        "count": options.count,
-        "tools": rows,
-        "frechet": frechet_terms(),
-    }
-    Path(options.output).write_text(json.dumps(result, indent=1) + "\n")
+    command = shlex.join(["python", *sys.argv])
+    packages = ("torch-fidelity", "pytorch-fid", "clean-fid", "scipy")
+    save_record(
+        options.output, command, *packages, count=options.count, tools=rows, frechet=frechet_terms()
+    )
 
 
 if __name__ == "__main__":

@@ -14,15 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sampling import _cpu_name
+from record import earlier, save_record
 from torch import Tensor, nn
 
-from nextscale import storage
 from nextscale.data.benchmark import load_benchmark
 from nextscale.data.checker import check_batch, wilson_interval
 from nextscale.data.images import to_uint8
@@ -86,7 +84,7 @@ def main() -> None:
     network = small_features("scenes-features", device="cpu")
     unit = len(captions) * pipe.transformer.schedule.num_tokens
     output = Path(options.output)
-    table: dict[str, Any] = json.loads(output.read_text())["rows"] if output.is_file() else {}
+    table = earlier(output)
     for name, settings in ROWS.items():
         if name in table:
             continue
@@ -107,14 +105,9 @@ def main() -> None:
             "fd_scenes_se": distance["se"],
         }
         print(name, json.dumps(table[name]), flush=True)
-        result = {
-            "command": f"python benchmarks/guidance.py --model {options.model} "
-            f"--prompts {options.prompts} --images {options.images}",
-            "hardware": _cpu_name(),
-            "versions": {"torch": version("torch")},
-            "rows": table,
-        }
-        storage.write_json(output, result)
+        command = f"python benchmarks/guidance.py --model {options.model} "
+        command += f"--prompts {options.prompts} --images {options.images}"
+        save_record(output, command, rows=table)
     print(markdown(table))
 
 

@@ -16,18 +16,18 @@ import argparse
 import itertools
 import json
 import multiprocessing
-import platform
 import resource
+import shlex
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from record import save_record
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -178,21 +178,8 @@ def main() -> None:
         with ProcessPoolExecutor(1, mp_context=context) as pool:
             rows.append(pool.submit(measure, *case, **named).result())
         print(json.dumps(rows[-1]), flush=True)
-        result = {
-            "command": " ".join(["python", *sys.argv]),
-            "hardware": torch.cuda.get_device_name() if cuda else _cpu_name(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "rows": rows,
-        }
-        Path(options.output).write_text(json.dumps(result, indent=1) + "\n")
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
+        command, device = shlex.join(["python", *sys.argv]), "cuda" if cuda else "cpu"
+        save_record(options.output, command, device=device, rows=rows)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,13 @@ python benchmarks/scenes.py
 from __future__ import annotations
 
 import argparse
-import json
+import shlex
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
-from sampling import _cpu_name
+from record import save_record
 
 from nextscale.data.sources import open_source
 
@@ -31,14 +30,10 @@ def main() -> None:
         start = time.process_time()  # this process alone, whatever else runs
         source.load(np.arange(repeat * options.batch, (repeat + 1) * options.batch))
         rates.append(options.batch / (time.process_time() - start))
-    result = {
-        "command": " ".join(["python", *sys.argv]),
-        "hardware": _cpu_name(),
-        "resolution": options.resolution,
-        "images_per_cpu_second": round(statistics.median(rates)),
-    }
-    print(json.dumps(result))
-    Path(options.output).write_text(json.dumps(result, indent=1) + "\n")
+    rate = round(statistics.median(rates))
+    print(rate, "scenes per second of one core")
+    command = shlex.join(["python", *sys.argv])
+    save_record(options.output, command, resolution=options.resolution, images_per_cpu_second=rate)
 
 
 if __name__ == "__main__":

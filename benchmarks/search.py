@@ -16,12 +16,10 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-from sampling import _cpu_name
+from record import earlier, save_record
 
 from nextscale.align.rewards import open_reward
 from nextscale.align.search import BestOf, MGSelect, TreeSearch
@@ -84,7 +82,7 @@ def main() -> None:
     pipe = NextScalePipeline.from_pretrained(options.model)
     captions = load_benchmark("hard")[: options.prompts]
     output = Path(options.output)
-    table: dict[str, Any] = json.loads(output.read_text())["rows"] if output.is_file() else {}
+    table = earlier(output)
     for name in options.rows or every:
         if name in table:
             continue
@@ -107,15 +105,8 @@ def main() -> None:
             "seconds": round(seconds, 1),
         }
         print(name, json.dumps(table[name]), flush=True)
-        result = {
-            "command": f"python benchmarks/search.py --model {options.model} "
-            f"--prompts {options.prompts}",
-            "hardware": _cpu_name(),
-            "threads": torch.get_num_threads(),
-            "versions": {"torch": version("torch")},
-            "rows": table,
-        }
-        output.write_text(json.dumps(result, indent=1) + "\n")
+        command = f"python benchmarks/search.py --model {options.model} --prompts {options.prompts}"
+        save_record(output, command, rows=table)
     plot(table, Path(options.plot))
 
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
+import shlex
 import sys
-from pathlib import Path
 
 import torch
-from sampling import Recorder, _cpu_name, seconds
+from record import save_record
+from sampling import Recorder, seconds
 
 from nextscale.processes import keep_freed_memory
 from nextscale.storage import resolve_model
@@ -55,16 +55,8 @@ def main() -> None:
                 }  # fmt: skip
                 rows.append(row)
                 print(json.dumps(row), flush=True)
-    hardware = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
-    result = {
-        "command": " ".join(["python", *sys.argv]),
-        "hardware": hardware,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "rows": rows,
-    }
-    Path(options.output).write_text(json.dumps(result, indent=1) + "\n")
+    command = shlex.join(["python", *sys.argv])
+    save_record(options.output, command, device=device, rows=rows)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-from sampling import _cpu_name
+from record import earlier, save_record
 from torch import nn
 
 from nextscale.cli.recipes import read_recipe
@@ -98,23 +96,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--output", default="benchmarks/results/tokenizer_ablation.json")
     options = parser.parse_args()
-    result: dict[str, Any] = {
-        "command": f"python benchmarks/tokenizer_ablation.py --steps {options.steps}",
-        "hardware": _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "rows": {},
-    }
-    path = Path(options.output)
-    before = json.loads(path.read_text()) if path.exists() else {}
-    if before.get("command") == result["command"]:  # go on with an interrupted series
-        result["rows"] = before["rows"]
+    command = f"python benchmarks/tokenizer_ablation.py --steps {options.steps}"
+    output = Path(options.output)
+    going_on = output.exists() and json.loads(output.read_text())["command"] == command
+    rows = earlier(output) if going_on else {}  # an interrupted series
     for name, changes in ROWS.items():
-        if name in result["rows"]:
-            continue
-        result["rows"][name] = run(changes, options.steps)
-        print(name, json.dumps(result["rows"][name]), flush=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        if name not in rows:
+            rows[name] = run(changes, options.steps)
+            print(name, json.dumps(rows[name]), flush=True)
+            save_record(output, command, rows=rows)
 
 
 if __name__ == "__main__":

@@ -12,17 +12,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
+import shlex
 import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sampling import _cpu_name
+from record import save_record
 
 from nextscale.cli.recipes import read_recipe
 from nextscale.data import captions as scenes_grammar
@@ -84,12 +82,7 @@ def main() -> None:
             keep_freed_memory()
         print(measure(options.row == "compiled", options.batch, options.steps))
         return
-    result: dict[str, Any] = {
-        "command": " ".join(["python", *sys.argv]),
-        "hardware": _cpu_name(),
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "rows": [],
-    }
+    rows = []
     for threads in options.threads:
         for mode in ("eager", "compiled"):
             for kept in (False, True):
@@ -102,9 +95,9 @@ def main() -> None:
                 )
                 row = {"threads": threads, "mode": mode, "freed_memory_kept": kept}
                 row["images_per_second"] = round(float(done.stdout.split()[-1]), 1)
-                result["rows"].append(row)
+                rows.append(row)
                 print(json.dumps(row), flush=True)
-    Path(options.output).write_text(json.dumps(result, indent=1) + "\n")
+    save_record(options.output, shlex.join(["python", *sys.argv]), rows=rows)
 
 
 if __name__ == "__main__":

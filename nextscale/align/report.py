@@ -18,6 +18,7 @@ from nextscale import processes, storage
 from nextscale.align.config import AlignConfig
 from nextscale.align.experience import score_together
 from nextscale.align.models import AlignModel, open_model
+from nextscale.align.picture_sets import PictureSets, open_picture_sets
 from nextscale.align.policies.start import StartPolicy
 from nextscale.align.prompts import Prompt, open_prompts
 from nextscale.align.references import Given
@@ -27,16 +28,12 @@ from nextscale.align.tables import compare, markdown
 from nextscale.align.trajectory import Policy
 from nextscale.data.images import to_uint8
 from nextscale.errors import UserError
-from nextscale.eval.feature_network import small_features
-from nextscale.eval.features import Network
-from nextscale.eval.pairwise import vendi_score
 from nextscale.streams import stream
 from nextscale.training import FitResult, latest_checkpoint
 from nextscale.training.grid import save_grid
 
 _GRID = 16
 _KL_SAMPLES = 64
-_TRUE_PICTURES = 2000
 _SEED = 0  # of the first picture of the report: both sides draw image i from seed + i
 
 
@@ -51,8 +48,7 @@ class Report:
         sources: Rows of each source of prompts.
         rewards: Those that were trained, then those that were watched.
         before: uint8 [n, 3, H, W].
-        network: Sees diversity and distance; None: neither is measured.
-        reference: True pictures, or their statistics.
+        sets: Sees diversity and distance; None: neither is measured.
         progress: Show bars.
         record: Filled by `finish`; what report.json holds.
     """
@@ -63,8 +59,7 @@ class Report:
     sources: dict[str, slice]
     rewards: list[AnyReward]
     before: Tensor
-    network: Network | None
-    reference: Any
+    sets: PictureSets | None
     progress: bool
     record: dict[str, Any]
 
@@ -136,25 +131,12 @@ class Report:
 
     def _of_sets(self, sides: dict[str, Tensor]) -> dict[str, Any]:
         """Diversity within prompts, and the Fréchet distance to true pictures."""
-        found: dict[str, Any] = {}
-        network, reference = self.network, self.reference
-        if network is None:
-            return found
+        if self.sets is None:
+            return {}
+        found = self.sets.distances(**sides)
         if self.config.num_eval_images > 1:
             groups = self._groups(sides)
-            within = {n: _vendi_within(_features(network, x), groups) for n, x in sides.items()}
-            found["vendi_within_prompt"] = compare(
-                within["before"], within["after"], None, (1.0, float(self.config.num_eval_images))
-            )
-        if reference is not None:
-            from nextscale.eval import evaluate
-
-            metric = "fid" if self.config.eval_features == "inception" else "fd_scenes"
-            for name, images in sides.items():
-                pixels = images.permute(0, 2, 3, 1).numpy()
-                measured = evaluate(pixels, reference, network=network, metrics=[metric])
-                (value,) = measured["metrics"].values()
-                found.setdefault(metric, {})[name] = {k: value[k] for k in ("value", "se")}
+            found = {"vendi_within_prompt": self.sets.diversity(**sides, groups=groups), **found}
         return found
 
 
@@ -180,9 +162,16 @@ def make_report(
         prompts += [prompt for prompt in asked for _ in range(config.num_eval_images)]
         sources[name] = slice(first, len(prompts))
     model.check([prompt.asked for prompt in prompts])
-    network, reference = None, None
-    if processes.is_main() and (network := _features_of(config, model)) is not None:
-        reference = _reference(config, model)
+    sets = None
+    if processes.is_main():
+        sets = open_picture_sets(
+            config.eval_features,
+            config.eval_reference,
+            scenes=model.grammar == "scenes",
+            side=model.resolution[0],
+            device=next(model.policy.network.parameters()).device,
+            download=config.download,
+        )
     path = Path(config.output_dir, "before.safetensors")
     about = _about(config, model, prompts)
     before = _read_before(path, about, resumed=latest_checkpoint(config.output_dir) is not None)
@@ -201,8 +190,7 @@ def make_report(
         sources=sources,
         rewards=watched,
         before=before,
-        network=network,
-        reference=reference,
+        sets=sets,
         progress=progress,
         record={},
     )
@@ -284,48 +272,6 @@ def _draw(
         parts.append(to_uint8(images).cpu())
     mine = torch.cat(parts) if parts else torch.zeros(0, 3, 1, 1, dtype=torch.uint8)
     return torch.cat([part for part in processes.gather(mine) if len(part)])
-
-
-def _features_of(config: AlignConfig, model: AlignModel) -> Network | None:
-    """The network that sees the report's pictures, if there is one for them."""
-    name = config.eval_features or ("scenes-features" if model.grammar == "scenes" else None)
-    if name is None:
-        return None
-    device = next(model.policy.network.parameters()).device
-    if name != "inception":
-        return small_features(name, device=device)
-    from nextscale.eval.inception import Inception, read_weights
-    from nextscale.eval.weights import INCEPTION, find_weights
-
-    weights = read_weights(find_weights(INCEPTION, None, download=config.download))
-    return Inception(weights, "adm", device=device)
-
-
-@torch.no_grad()
-def _features(network: Network, images: Tensor) -> np.ndarray:
-    """Float [n, d], of the network's first tap."""
-    pixels = list(images.permute(0, 2, 3, 1).numpy())
-    found = [network(pixels[i : i + 64], range(i, i + 64)) for i in range(0, len(pixels), 64)]
-    return torch.cat([next(iter(part.values())) for part in found]).cpu().numpy()
-
-
-def _vendi_within(features: np.ndarray, groups: Tensor) -> Tensor:
-    """Vendi score of each prompt's pictures: 1 if they are all alike, their number at most."""
-    return torch.tensor(
-        [vendi_score(features[(groups == g).numpy()]) for g in range(int(groups.max()) + 1)]
-    )
-
-
-def _reference(config: AlignConfig, model: AlignModel) -> Any:
-    """True pictures to measure the Fréchet distance to."""
-    name = config.eval_reference or ("scenes" if model.grammar == "scenes" else None)
-    if name != "scenes":
-        return name
-    from nextscale.data.sources import open_source
-
-    side = model.resolution[0]
-    data = open_source("scenes", resolution=side, split="validation", num_images=_TRUE_PICTURES)
-    return data.load(np.arange(_TRUE_PICTURES)).images.permute(0, 2, 3, 1).numpy()
 
 
 def _kl_per_step(

@@ -111,6 +111,15 @@ class EraseConfig(TrainingConfig):
     eval_prompts: tuple[str, ...] = ()
     """Prompts without relation to the concepts, for the same report: sources as in `nextscale
     align`."""
+    eval_reference: str | None = None
+    """True pictures for the report's Fréchet distance, of prompts without the concept: a folder or
+    .npz, or scenes; None: scenes for a model of scenes, else none."""
+    eval_features: str | None = None
+    """Network of the report's Fréchet distance and diversity: scenes-features, a folder of `train
+    features`, or inception (its weights are looked for as `nextscale eval` does); None:
+    scenes-features for a model of scenes, else none."""
+    download: bool = False
+    """Fetch Inception's weights if they are nowhere."""
     attacks: bool = True
     """Attack the result and report what comes back."""
     attack_prompts: str | None = None

@@ -8,32 +8,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from nextscale import storage
 from nextscale.align import tables
-from nextscale.align.erasure.attacks import Outcome, Target, attack, true_pictures
+from nextscale.align.erasure.attacks import attack
 from nextscale.align.erasure.config import EraseConfig
 from nextscale.align.erasure.data import draw
 from nextscale.align.erasure.held_out import Asked, HeldOut, checked
 from nextscale.align.erasure.losses import kl_divergence
 from nextscale.align.erasure.pairs import ConceptPair
 from nextscale.align.erasure.recognisers import Recognise
+from nextscale.align.erasure.target import Outcome, Target, true_pictures
+from nextscale.align.picture_sets import PictureSets, open_picture_sets
 from nextscale.align.prompts import open_prompts
 from nextscale.data.checker import prompt_accuracy
 from nextscale.data.images import to_uint8
 from nextscale.eval.clip import BUNDLED, clip_scorer, open_clip_model
-from nextscale.eval.feature_network import small_features
-from nextscale.eval.pairwise import vendi_score
 from nextscale.eval.scorers import Scorer
 from nextscale.pipeline import NextScalePipeline
 from nextscale.training import save_grid
 
 _SEED = 2_000_000_000  # of the report's first picture, apart from those of training
-_TRUE_PICTURES = 2000
 _SHOWN = 8
 _SAMPLE = 50  # pictures of each concept for a person to judge
 _SHARE = (0.0, 1.0)
@@ -47,7 +45,8 @@ class EraseReport:
         config: The run.
         held_out: What is asked for.
         recognisers: Who sees a concept, by name; the first one's word counts in attacks.
-        scenes: Whether the model draws scenes, which have features and a checker of their own.
+        scenes: Whether the model draws scenes, which have a checker of their own.
+        picture_sets: Sees diversity and distance; None: neither is measured.
         clip: Scores pictures by their prompts; None: nobody does.
         before: The base's pictures of each set, as (images, tokens).
         oracle: The base's pictures of the targets' modified prompts, by concept.
@@ -59,6 +58,7 @@ class EraseReport:
     held_out: HeldOut
     recognisers: Mapping[str, Recognise]
     scenes: bool
+    picture_sets: PictureSets | None
     clip: Scorer | None
     before: dict[str, tuple[Tensor, Tensor]]
     oracle: dict[str, Tensor]
@@ -89,8 +89,9 @@ class EraseReport:
         for name, pairs in self.held_out.targets.items():
             record["concepts"][name] = self._concept(name, pairs, after)
         record["others"] = self._kept("others", self.held_out.others, after)
-        if self.scenes:
-            record["others"]["fd_scenes"] = self._distance(after)
+        if self.picture_sets is not None:
+            sides = (_bytes(drawn["others"][0]) for drawn in (self.before, after))
+            record["others"] |= self.picture_sets.distances(*sides)
         if self.clip is not None:
             record["others"]["clip"] = self._clip_score(self.clip, after)
         record["drift"] = self._drift(base, edited)
@@ -153,10 +154,10 @@ class EraseReport:
                 found |= seen
             else:
                 found.setdefault("also_by", {})[who] = seen
-        if self.scenes and self.config.num_eval_images > 1:
-            found["vendi_within_prompt"] = self._diversity(
-                self.before[name][0], after[name][0], groups
-            )
+        if self.picture_sets is not None and self.config.num_eval_images > 1:
+            sides = [_bytes(drawn[name][0]) for drawn in (self.before, after)]
+            diversity = self.picture_sets.diversity(sides[0], sides[1], groups)
+            found["vendi_within_prompt"] = diversity
         key = f"near {name}"
         if key in after:
             found["near"] = self._kept(key, self.held_out.near[name], after)
@@ -177,30 +178,6 @@ class EraseReport:
                 value: {"before": own["accuracy"], "after": values[1][value]["accuracy"]}
                 for value, own in values[0].items()
             }
-        return found
-
-    def _diversity(self, before: Tensor, after: Tensor, groups: Tensor) -> dict[str, Any]:
-        sides = []
-        for images in (before, after):
-            features = _features(images)
-            scores = [vendi_score(features[(groups == g).numpy()]) for g in groups.unique()]
-            sides.append(torch.tensor(scores))
-        return _compare(sides[0], sides[1], None, (1.0, float(self.config.num_eval_images)))
-
-    def _distance(self, after: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:
-        """Fréchet distance of the other prompts' pictures to true ones."""
-        from nextscale.data.sources import open_source
-        from nextscale.eval import evaluate
-
-        data = open_source("scenes", resolution=64, split="validation", num_images=_TRUE_PICTURES)
-        true = data.load(np.arange(_TRUE_PICTURES)).images.permute(0, 2, 3, 1).numpy()
-        found: dict[str, Any] = {}
-        for side, drawn in (("before", self.before), ("after", after)):
-            pixels = to_uint8(drawn["others"][0]).permute(0, 2, 3, 1).numpy()
-            network = small_features("scenes-features", device="cpu")
-            measured = evaluate(pixels, true, network=network, metrics=["fd_scenes"])
-            (value,) = measured["metrics"].values()
-            found[side] = {key: value[key] for key in ("value", "se")}
         return found
 
     def _clip_score(
@@ -254,16 +231,13 @@ class EraseReport:
             save_grid(after[name][0][:_SAMPLE], folder / file, columns=10)
 
 
+def _bytes(images: Tensor) -> Tensor:
+    return to_uint8(images).cpu()
+
+
 def _compare(*given: Any) -> dict[str, Any]:
     """Before, after, difference, with bootstrap intervals over prompts."""
     return tables.compare(*given, bootstrap=True)
-
-
-def _features(images: Tensor) -> Float[np.ndarray, "n d"]:
-    network = small_features("scenes-features", device="cpu")
-    pixels = list(to_uint8(images).permute(0, 2, 3, 1).numpy())
-    found = [network(pixels[i : i + 64], range(i, i + 64)) for i in range(0, len(pixels), 64)]
-    return torch.cat([next(iter(part.values())) for part in found]).cpu().numpy()
 
 
 def open_report(
@@ -286,7 +260,17 @@ def open_report(
         listed = open_prompts([config.attack_prompts], what="attack_prompts")
         prompts = [str(prompt.condition) for prompt in listed]
         conditioner.tokenize(prompts)  # what it cannot read is said before the training
-    report = EraseReport(config, held_out, recognisers, scenes, clip, {}, {}, prompts, progress)
+    sets = open_picture_sets(
+        config.eval_features,
+        config.eval_reference,
+        scenes=scenes,
+        side=base.tokenizer.resolution[0],
+        device=base.device,
+        download=config.download,
+    )
+    report = EraseReport(
+        config, held_out, recognisers, scenes, sets, clip, {}, {}, prompts, progress
+    )
     report.before = {n: report.draw(base, asked) for n, asked in report.sets().items()}
     report.oracle = {
         n: report.draw(base, [p.modified for p in own])[0] for n, own in held_out.targets.items()
@@ -308,9 +292,9 @@ def markdown(record: Mapping[str, Any]) -> str:
     others = record["others"]
     if "accuracy" in others:
         lines.append(_row("others", others["accuracy"]))
-    if "fd_scenes" in others:
-        cells = [f"{others['fd_scenes'][side]['value']:.3f}" for side in ("before", "after")]
-        lines.append(f"| fd_scenes of these | {cells[0]} | {cells[1]} | |")
+    for metric in [name for name in ("fd_scenes", "fid") if name in others]:
+        cells = [f"{others[metric][side]['value']:.3f}" for side in ("before", "after")]
+        lines.append(f"| {metric} of these | {cells[0]} | {cells[1]} | |")
     if "clip" in others:
         lines.append(_row("CLIP score of these", others["clip"], percent=False))
     drift = " ".join(f"{value:.3g}" for value in record["drift"]["per_scale"])

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from nextscale.align.erasure import report, train
 from nextscale.align.erasure.attacks import (
-    Outcome,
-    Target,
     own_prompts,
     paraphrases,
     prefix_probe,
@@ -25,7 +23,6 @@ from nextscale.align.erasure.attacks import (
     sampling_sweep,
     soft_prompt,
     token_attack,
-    true_pictures,
 )
 from nextscale.align.erasure.closed_form import swap_classes
 from nextscale.align.erasure.config import EraseConfig
@@ -33,8 +30,11 @@ from nextscale.align.erasure.data import draw_pairs
 from nextscale.align.erasure.held_out import HeldOut
 from nextscale.align.erasure.pairs import ConceptPair
 from nextscale.align.erasure.report import markdown
+from nextscale.align.erasure.target import Outcome, Target, true_pictures
 from nextscale.data.checker import wilson_interval
+from nextscale.data.images import to_uint8
 from nextscale.errors import UserError
+from nextscale.eval.inception import random_weights
 from nextscale.pipeline import NextScalePipeline
 from nextscale.tokenizers import MultiscaleVQ
 from nextscale.var import NextScaleTransformer, SamplingConfig
@@ -183,6 +183,27 @@ def test_the_report_names_attacks_with_their_counts(
     text = markdown(result.report)
     assert "| attack on 2 | | without | shown | 95 % | n |" in text
     assert text.count("| sampling |") == 12
+
+
+def test_distance_and_diversity_of_what_is_no_scene(
+    world: Path, seen: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save(random_weights(0), tmp_path / "inception.pth")
+    monkeypatch.setenv("NEXTSCALE_INCEPTION", str(tmp_path / "inception.pth"))
+    true = NextScalePipeline.from_pretrained(world)
+    drawn = true(class_labels=[0, 1, 3, 4] * 4, seed=9, output_type="pt").images
+    np.savez(tmp_path / "true.npz", to_uint8(drawn).permute(0, 2, 3, 1).numpy())
+    settings = config(
+        world, tmp_path / "run", method="class_swap", num_eval_prompts=4, num_eval_images=2,
+        eval_features="inception", eval_reference=str(tmp_path / "true.npz"),
+    )  # fmt: skip
+    found = train.erase(settings, progress=False).report
+    assert found is not None
+    fid = found["others"]["fid"]
+    assert fid["before"]["value"] == fid["after"]["value"] > 0  # a swap leaves the others alone
+    within = found["concepts"][str(ERASED)]["vendi_within_prompt"]
+    assert 1 <= within["after"]["value"] <= 2
+    assert "| fid of these |" in markdown(found)
 
 
 def test_no_recogniser_no_report(world: Path, tmp_path: Path) -> None:
