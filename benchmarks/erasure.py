@@ -9,7 +9,7 @@ first scales alone. `methods` also draws docs/images/erasure.png from the first 
 Each run is the recipe erase-scenes with --steps steps, in a process of its own, then its report
 without attacks (`benchmarks/erasure_attacks.py` has those). Runs in the results are not run again,
 nor those in --output_dir; `--rows`, `--concepts` and `--seeds` choose. Writes
-benchmarks/results/erasure_SUITE.json; `methods` also prints itself as Markdown.
+benchmarks/results/erasure_SUITE.json and prints it as Markdown.
 """
 
 from __future__ import annotations
@@ -49,8 +49,13 @@ SUITES: dict[str, dict[str, str]] = {
         "a window per scale, in turn": "--mode windowed",
         "windows of 1 to 16, in turn": "--mode windowed --window_largest 16",
     },
-    "gate": {f"gate {q}": f"--gate_quantile {q}" for q in (0.0, 0.1, 0.3, 0.6)},
-    "scales": {f"scales 1 to {j}": f"--train_scales {j}" for j in range(1, 7)},
+    "gate": {
+        "gate 0": "--gate_quantile 0",
+        "gate 0.1": "",
+        "gate 0.3": "--gate_quantile 0.3",
+        "gate 0.6": "--gate_quantile 0.6",
+    },
+    "scales": {**{f"scales 1 to {j}": f"--train_scales {j}" for j in range(1, 6)}, "all": ""},
 }
 
 
@@ -64,9 +69,15 @@ def run(command: list[str], log: Path) -> None:
 
 
 def folder_of(name: str, concept: str, seed: int, options: argparse.Namespace) -> Path:
-    """Where a run lies."""
-    words = f"{options.suite} {name} {concept} {seed} {options.steps} {options.prompts}"
-    return Path(options.output_dir, words.replace(" ", "_"))
+    """Where a run lies, which suites may share."""
+    words = [
+        concept,
+        str(seed),
+        str(options.steps),
+        str(options.prompts),
+        SUITES[options.suite][name],
+    ]
+    return Path(options.output_dir, "_".join(" ".join(words).replace("--", "").split()))
 
 
 def read(folder: Path, concept: str) -> dict[str, Any]:
@@ -100,8 +111,8 @@ def read(folder: Path, concept: str) -> dict[str, Any]:
 
 
 def markdown(rows: dict[str, Any]) -> str:
-    """The suite `methods` as docs/erase.md has it: means over seeds, in percent."""
-    head = "| concept | method | seeds | recognised | after | near, points | others, points "
+    """A suite as docs/erase.md has it: means over seeds, in percent."""
+    head = "| concept | run | seeds | recognised | after | near, points | others, points "
     lines = [f"{head}| harmonic mean | nats | minutes |", "|---" * 10 + "|"]
     for concept in CONCEPTS:
         for name, by_concept in rows.items():
@@ -188,8 +199,8 @@ def main() -> None:
                 made_by = f"python benchmarks/erasure.py --suite {options.suite} "
                 made_by += f"--steps {options.steps} --prompts {options.prompts}"
                 save_record(output, made_by, rows=table)
+    print(markdown(earlier(output)))
     if options.suite == "methods":
-        print(markdown(earlier(output)))
         folders = {c: folder_of("EAR", c, options.seeds[0], options) for c in CONCEPTS}
         pictures({c: f for c, f in folders.items() if f.is_dir()}, Path(options.picture))
 
