@@ -276,12 +276,12 @@ class NextScalePipeline:
             UserError: If it was trained on another base (by fingerprint), or one is loaded already.
         """
         from nextscale.var import delta
-        from nextscale.var.lora import load_lora
+        from nextscale.var.lora import adapter_file, load_lora
 
         if self._lora is not None:
             raise UserError("a LoRA is loaded; call unload_lora() first")
         self._fingerprint = self._base()
-        about = storage.read_json(Path(path) / "adapter_config.json")
+        about = storage.read_json(adapter_file(path, "adapter_config.json"))
         is_delta = isinstance(about, dict) and about.get("class") == delta.KIND
         self._lora = (delta.load_delta if is_delta else load_lora)(self.transformer, path, scale)
 

@@ -163,11 +163,12 @@ def _open(name: str, num_classes: int | None, what: str) -> list[Prompt]:
     if kind in ("captions", "images", "examples"):
         return _dataset(kind, argument, by_class=num_classes is not None)
     path = Path(name)
-    if path.suffix not in (".txt", ".jsonl") or not path.is_file():
+    if path.suffix in (".txt", ".jsonl") and not path.is_file():
+        raise UserError(f"{what} {name} does not exist")
+    if path.suffix not in (".txt", ".jsonl"):
         raise UserError(
             f'{what} "{name}" is no source: use scenes:standard, scenes:hard, benchmark:NAME, '
-            "classes, captions:DATASET, images:DATASET, examples:DATASET, or a .txt or .jsonl file "
-            "that exists"
+            "classes, captions:DATASET, images:DATASET, examples:DATASET, or a .txt or .jsonl file"
         )
     numbered = enumerate(storage.read_lines(path), 1)
     lines = [(number, line) for number, line in numbered if line.strip()]

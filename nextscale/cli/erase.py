@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from typing import Any
 
 from nextscale import processes
 from nextscale.cli.console import check_folder, interrupted_run, number, table
@@ -40,18 +42,35 @@ def run(command: str, arguments: list[str]) -> int:
             {"output_dir": config.output_dir, "pictures": result.counts, **(record or {})}
         )
     elif not output.quiet:
-        if record is not None:
-            rows = [(f"{n} is recognised", f["recognised"]) for n, f in record["concepts"].items()]
-            if "accuracy" in record["others"]:
-                rows.append(("others right", record["others"]["accuracy"]))
-            table(
-                ("", "before", "after"),
-                [(n, *(number(r[side]["value"]) for side in ("before", "after"))) for n, r in rows],
-            )
         counts = result.counts
-        left = "adapter" if record is None else "adapter, report.md, before_after.png"
-        output.say(
-            f"{counts['kept']} of {counts['drawn']} pictures of the pairs passed the filter; "
-            f"{left} in {config.output_dir}"
-        )
+        if record is not None:
+            table(("", "before", "after"), _rows(record))
+            done = f"{counts['kept']} of {counts['drawn']} pictures of the pairs passed the filter"
+            left = "adapter, report.md, before_after.png"
+        else:
+            done, left = f"{counts['kept']} pictures of the pairs were trained on", "adapter"
+            if config.num_eval_prompts:
+                output.note(
+                    "warning: nobody looked at the pictures: no filter, no report, no attacks. "
+                    "Name --recognisers, and --eval_pairs for free text"
+                )
+        output.say(f"{done}; {left} in {config.output_dir}")
     return 0
+
+
+def _rows(record: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """What the report says, in short."""
+    from nextscale.align.erasure.report import strongest
+
+    for name, found in record["concepts"].items():
+        yield _row(f"{name} is recognised", found["recognised"])
+        if "attacks" in found:
+            worst = strongest(found["attacks"])
+            yield f"{name} by the strongest attack: {worst['attack']}", "", number(worst["success"])
+    if "accuracy" in record["others"]:
+        yield _row("others right", record["others"]["accuracy"])
+
+
+def _row(name: str, found: Mapping[str, Any]) -> tuple[str, str, str]:
+    before, after = (number(found[side]["value"]) for side in ("before", "after"))
+    return name, before, after

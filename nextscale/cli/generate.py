@@ -91,6 +91,8 @@ class GenerateConfig(SearchFlags, ControlFlags, SamplingFlags, DiffusionFlags, M
             raise UserError(f"seed must be -1 (random) or in [0, 2^32), got {self.seed}.")
         if not math.isfinite(self.lora_scale):
             raise UserError(f"lora_scale must be finite, got {self.lora_scale}.")
+        if self.lora_scale != 1 and self.lora is None:
+            raise UserError("--lora_scale is the strength of --lora, which is missing")
         self.check_search()
         for name in ("start", "save_scales", "negative_prompt", "control_type"):
             if self.search is not None and getattr(self, name):

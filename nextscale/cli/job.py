@@ -86,6 +86,7 @@ def resolve_job(config: GenerateConfig) -> Job:
 
     from nextscale.pipeline import resolve_dtype
     from nextscale.streams import image_seeds
+    from nextscale.var.lora import adapter_file
     from nextscale.var.sampling import SamplingConfig
 
     count = len(conditions) * config.num_images
@@ -109,7 +110,7 @@ def resolve_job(config: GenerateConfig) -> Job:
     }
     weights = model.weights()
     if config.lora is not None:
-        weights += ":" + storage.file_sha256(Path(config.lora) / "adapter_model.safetensors")
+        weights += ":" + storage.file_sha256(adapter_file(config.lora, "adapter_model.safetensors"))
     if config.start is not None:
         path = Path(config.start)
         weights += ":" + storage.file_sha256(path / "start.safetensors" if path.is_dir() else path)

@@ -291,9 +291,8 @@ def _log(run: Session, images_per_second: float, bar: tqdm) -> None:
     losses = {k: f"{v:.4g}" for k, v in means.items() if k.startswith("loss")}
     bar.set_postfix(losses)
     if bar.disable and accelerator.is_main_process:  # a log file instead of a terminal
-        shown = ", ".join(f"{k} {v}" for k, v in losses.items())
-        speed = f"{images_per_second:.3g} images/s"
-        logger.info("step %d of %d: %s, %s", run.step, config.max_train_steps, shown, speed)
+        shown = [*(f"{k} {v}" for k, v in losses.items()), f"{images_per_second:.3g} images/s"]
+        logger.info("step %d of %d: %s", run.step, config.max_train_steps, ", ".join(shown))
     _write(run, values)
 
 

@@ -59,7 +59,7 @@ def write_record(config: TrainingConfig, facts: Mapping[str, Any]) -> None:
         facts: What only the loop knows (device, precision, processes, resumed step).
     """
     folder = Path(config.output_dir)
-    plain = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    plain = plain_settings(config)
     with atomic(folder / "recipe.yaml") as temporary:
         temporary.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
     run = {
@@ -71,6 +71,17 @@ def write_record(config: TrainingConfig, facts: Mapping[str, Any]) -> None:
         **facts,
     }
     write_json(folder / "run.json", run)
+
+
+def plain_settings(config: TrainingConfig) -> dict[str, Any]:
+    """The settings as recipe.yaml holds them."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def read_settings(output_dir: str | Path) -> dict[str, Any]:
+    """Those of the run in a folder; empty if there is none."""
+    path = Path(output_dir, "recipe.yaml")
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def git_revision() -> str | None:

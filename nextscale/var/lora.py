@@ -85,6 +85,19 @@ def save_lora(model: nn.Module, folder: str | Path, settings: dict[str, Any]) ->
         storage.write_json(target / "adapter_config.json", config)
 
 
+def adapter_file(folder: str | Path, name: str) -> Path:
+    """A file of a saved LoRA.
+
+    Raises:
+        UserError: For the folder of a run, which has its LoRA inside.
+    """
+    folder = Path(folder)
+    for inner in ("adapter", "model"):
+        if not (folder / name).is_file() and (folder / inner / name).is_file():
+            raise UserError(f"{folder} is the folder of a run; its LoRA is {folder / inner}")
+    return folder / name
+
+
 def load_lora(model: NextScaleTransformer, folder: str | Path, scale: float = 1.0) -> LoraModel:
     """Put a saved LoRA on its base, in place.
 

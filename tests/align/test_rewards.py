@@ -282,14 +282,15 @@ def test_classifier_reward_is_the_log_probability() -> None:
             classifier_reward(classify)(noise(1), [label])
 
 
+@pytest.mark.parametrize("num_classes", [1000, 10])
 def test_timm_classifier_reads_its_weights_from_a_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    num_classes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     timm = pytest.importorskip("timm")
     monkeypatch.delenv("NEXTSCALE_CLASSIFIER", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     torch.manual_seed(0)
-    model = timm.create_model("test_resnet").eval()
+    model = timm.create_model("test_resnet", num_classes=num_classes).eval()
     path = tmp_path / "w.safetensors"
     storage.write_tensors(path, dict(model.state_dict()))
     side = model.pretrained_cfg["input_size"][-1]

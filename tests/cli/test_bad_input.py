@@ -169,6 +169,7 @@ def test_prompt_outside_the_grammar_shows_it(generate, tmp_path, monkeypatch):
         (["--class_labels", "0", "--device", "gpu"], ['device "gpu" is unknown']),
         (["--class_labels", "0", "--guidance_scale", "1", "2"], ["each of the 3 scales"]),
         (["--class_labels", "0", "--lora", "/no/lora"], ["/no/lora"]),
+        (["--class_labels", "0", "--lora_scale", "0.5"], ["--lora_scale", "missing"]),
         (["--class_labels", "0", "--negative_prompt", "x"], ["takes prompts"]),
         (["--class_labels", "0", "--resume", "--overwrite"], ["pass one"]),
         (["--prompt_file", "/no/file"], ["/no/file"]),

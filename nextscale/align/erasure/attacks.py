@@ -188,12 +188,12 @@ def relearning(
     most: int = 100,
     learning_rate: float = 1e-4,
 ) -> Outcome:
-    """Fine-tune all weights of a copy on pictures of the concept; steps until it is back.
+    """Fine-tune all weights of a copy on pictures of the concept until it is back, or for `most`.
 
     Args:
         target: What is attacked.
         num_pictures: The base's pictures that teach.
-        every: Steps between looks.
+        every: Steps between looks, the first one before any.
         most: Steps after which it gives up.
         learning_rate: Of AdamW.
     """
@@ -202,8 +202,13 @@ def relearning(
     changed = replace(target, pipe=pipe)
     model.requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
-    known, ids, step, outcome = min(num_pictures, len(target.pairs)), target.ids, 0, None
-    while step < most:
+    known, ids, step = min(num_pictures, len(target.pairs)), target.ids, 0
+    while True:
+        images = changed.draw(changed.plain, changed.settings())
+        outcome = changed.outcome("relearning", images, steps=step, pictures=known)
+        back = outcome.shown > BACK * outcome.n
+        if back or step >= most:
+            return replace(outcome, detail={**outcome.detail, "back": back})
         for _ in range(every):
             rows = torch.randperm(known, generator=stream(target.seed, step))[:16]
             loss = changed.cross_entropy(model.condition(ids[rows]), rows)
@@ -211,12 +216,6 @@ def relearning(
             loss.backward()
             optimizer.step()
             step += 1
-        images = changed.draw(changed.plain, changed.settings())
-        outcome = changed.outcome("relearning", images, steps=step, pictures=known)
-        if outcome.shown > BACK * outcome.n:
-            break
-    assert outcome is not None
-    return outcome
 
 
 def attack(target: Target, prompts: Sequence[str] = (), *, progress: bool = False) -> list[Outcome]:

@@ -119,7 +119,7 @@ class EraseConfig(TrainingConfig):
     features`, or inception (its weights are looked for as `nextscale eval` does); None:
     scenes-features for a model of scenes, else none."""
     download: bool = False
-    """Fetch Inception's weights if they are nowhere."""
+    """Fetch weights of recognisers and of Inception that are nowhere."""
     attacks: bool = True
     """Attack the result and report what comes back."""
     attack_prompts: str | None = None
@@ -159,6 +159,13 @@ class EraseConfig(TrainingConfig):
         ):
             value = getattr(self, name)
             require(name, value, value is None or value >= 0, "be 0 or more")
+        if self.method in CLOSED_FORM and self.resume_from_checkpoint is not None:
+            raise UserError(f"method {self.method} trains nothing that could be resumed")
+        if self.attack_prompts is not None and not (self.attacks and self.num_eval_prompts):
+            raise UserError(
+                "attack_prompts is for the attacks of the report, which are off: leave out "
+                "attack_prompts, or no_attacks and num_eval_prompts 0"
+            )
         windowed = self.method == "ear" and self.mode == "windowed"
         if (windowed or self.sequential) and self.gradient_accumulation_steps > 1:
             raise UserError(

@@ -68,7 +68,8 @@ def scene_pairs(
     without = "".join(f', "{other.name}"' for other in others)
     raise UserError(
         f'the grammar gave {len(found)} captions with "{concept.name}" in which something else can '
-        f'take the place of what is erased ("{concept.name}"{without}); {count} are wanted'
+        f'take the place of what is erased ("{concept.name}"{without}); {count} are wanted. Erase '
+        "fewer concepts at once, or lower num_pairs"
     )
 
 

@@ -25,7 +25,9 @@ concept."""
 _ANYTHING = "a picture"
 
 
-def open_recogniser(name: str, pairs: Sequence[ConceptPair], *, scenes: bool) -> Recognise:
+def open_recogniser(
+    name: str, pairs: Sequence[ConceptPair], *, scenes: bool, download: bool = False
+) -> Recognise:
     """Open a recogniser by its name.
 
     | name | a picture shows the concept if |
@@ -38,6 +40,7 @@ def open_recogniser(name: str, pairs: Sequence[ConceptPair], *, scenes: bool) ->
         name: One of these.
         pairs: Of the run.
         scenes: Whether the model draws scenes.
+        download: Fetch weights that are nowhere.
 
     Raises:
         UserError: For a name that is none, or one that cannot see these concepts.
@@ -52,11 +55,11 @@ def open_recogniser(name: str, pairs: Sequence[ConceptPair], *, scenes: bool) ->
         concepts = {p.concept for p in pairs if not isinstance(p.original, int)}
         for concept in concepts:
             imagenet_class(concept)  # says what is wrong before anything is drawn
-        return classifier_recogniser(timm_classifier(model, path or None))
+        return classifier_recogniser(timm_classifier(model, path or None, download=download))
     if kind == "clip":
         if any(isinstance(pair.original, int) for pair in pairs):
             raise UserError("the recogniser clip reads prompts; this model takes class labels")
-        return clip_recogniser(open_clip_model(argument or BUNDLED))
+        return clip_recogniser(open_clip_model(argument or BUNDLED, download=download))
     raise UserError(
         f'"{name}" is no recogniser: use checker, classifier:MODEL[@FILE], clip or clip:MODEL'
     )

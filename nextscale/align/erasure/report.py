@@ -15,7 +15,7 @@ from torch import Tensor
 from nextscale import storage
 from nextscale.align import tables
 from nextscale.align.erasure.attacks import attack
-from nextscale.align.erasure.config import EraseConfig
+from nextscale.align.erasure.config import CLOSED_FORM, EraseConfig
 from nextscale.align.erasure.data import draw
 from nextscale.align.erasure.held_out import Asked, HeldOut, checked
 from nextscale.align.erasure.losses import kl_divergence
@@ -35,6 +35,16 @@ _SEED = 2_000_000_000  # of the report's first picture, apart from those of trai
 _SHOWN = 8
 _SAMPLE = 50  # pictures of each concept for a person to judge
 _SHARE = (0.0, 1.0)
+_SETTINGS = ("max_train_steps", "train_batch_size", "learning_rate", "lora_rank", "eta", "seed")
+_GLOSSARY = """
+Shown: the recogniser sees the concept. Right: all that the prompt asks for is there. Near: prompts
+that share a part with the concept (a single word has none). Base with the modified prompt: how
+often the concept is seen where it was not asked for; no erasure can be better. Harmonic mean: of
+the share that no longer shows the concept and of the others that are right. Intervals: 95 %,
+bootstrap over prompts; 0 to 0 says that none of so few showed it.
+
+Erasure lowers the ability to draw a concept; it does not remove it: see the attacks.
+"""
 
 
 @dataclass
@@ -43,6 +53,7 @@ class EraseReport:
 
     Attributes:
         config: The run.
+        counts: Pictures of the pairs drawn, showing the concept, and kept.
         held_out: What is asked for.
         recognisers: Who sees a concept, by name; the first one's word counts in attacks.
         scenes: Whether the model draws scenes, which have a checker of their own.
@@ -55,6 +66,7 @@ class EraseReport:
     """
 
     config: EraseConfig
+    counts: Mapping[str, int]
     held_out: HeldOut
     recognisers: Mapping[str, Recognise]
     scenes: bool
@@ -83,6 +95,8 @@ class EraseReport:
             "method": self.config.method,
             "model": self.config.model,
             "recognisers": list(self.recognisers),
+            "settings": self._settings(),
+            "pictures_of_pairs": dict(self.counts),
             "images_per_prompt": self.config.num_eval_images,
             "concepts": {},
         }
@@ -109,6 +123,10 @@ class EraseReport:
                 record["concepts"][name]["attacks"] = [o.record() for o in found]
                 self._write(record)
         return record
+
+    def _settings(self) -> dict[str, Any]:
+        names = ("seed",) if self.config.method in CLOSED_FORM else _SETTINGS
+        return {name: getattr(self.config, name) for name in names}
 
     def _write(self, record: dict[str, Any]) -> None:
         folder = Path(self.config.output_dir)
@@ -228,7 +246,9 @@ class EraseReport:
         save_grid(torch.cat(tiles), folder / "before_after.png", columns=_SHOWN, captions=captions)
         for name in self.held_out.targets:
             file = f"after_{re.sub(r'[^0-9A-Za-z-]+', '_', name)}.png"
-            save_grid(after[name][0][:_SAMPLE], folder / file, columns=10)
+            asked = self._repeated([pair.original for pair in self.held_out.targets[name]])
+            captions = [str(text) for text in asked[:_SAMPLE]]
+            save_grid(after[name][0][:_SAMPLE], folder / file, columns=10, captions=captions)
 
 
 def _bytes(images: Tensor) -> Tensor:
@@ -246,6 +266,7 @@ def open_report(
     held_out: HeldOut,
     recognisers: Mapping[str, Recognise],
     *,
+    counts: Mapping[str, int],
     progress: bool,
 ) -> EraseReport:
     """Draw the base's side of a report."""
@@ -269,7 +290,7 @@ def open_report(
         download=config.download,
     )
     report = EraseReport(
-        config, held_out, recognisers, scenes, sets, clip, {}, {}, prompts, progress
+        config, counts, held_out, recognisers, scenes, sets, clip, {}, {}, prompts, progress
     )
     report.before = {n: report.draw(base, asked) for n, asked in report.sets().items()}
     report.oracle = {
@@ -280,18 +301,28 @@ def open_report(
 
 def markdown(record: Mapping[str, Any]) -> str:
     """The record as tables."""
-    lines = [f"{record['method']} on {record['model']}.", ""]
+    settings = ", ".join(f"{name} {value}" for name, value in record["settings"].items())
+    pictures = record["pictures_of_pairs"]
+    lines = [f"{record['method']} on {record['model']}: {settings}."]
+    lines += [
+        f"{pictures['kept']} of {pictures['drawn']} pictures of the pairs were trained on; "
+        f"{record['others']['num_prompts']} other prompts, "
+        f"{record['images_per_prompt']} pictures each."
+    ]
+    lines += [""]
     lines += ["| shown or right | before | after | difference |", "|---|---|---|---|"]
     for name, found in record["concepts"].items():
         seen = {record["recognisers"][0]: found, **found.get("also_by", {})}
         for who, own in seen.items():
-            lines.append(_row(f"**{name}** is seen by {who}", own["recognised"]))
-            lines.append(f"| base with the modified prompt | {_cell(own['oracle'])} | | |")
+            title = f"**{name}**, {found['num_prompts']} prompts, shown to {who}"
+            lines.append(_row(title, own["recognised"]))
+            lines.append(f"| base with the modified prompt, {who} | {_cell(own['oracle'])} | | |")
         if "near" in found:
-            lines.append(_row(f"prompts near {name}", found["near"]["accuracy"]))
+            count = found["near"]["num_prompts"]
+            lines.append(_row(f"near {name}, {count} prompts, right", found["near"]["accuracy"]))
     others = record["others"]
     if "accuracy" in others:
-        lines.append(_row("others", others["accuracy"]))
+        lines.append(_row("others, right", others["accuracy"]))
     for metric in [name for name in ("fd_scenes", "fid") if name in others]:
         cells = [f"{others[metric][side]['value']:.3f}" for side in ("before", "after")]
         lines.append(f"| {metric} of these | {cells[0]} | {cells[1]} | |")
@@ -320,7 +351,18 @@ def markdown(record: Mapping[str, Any]) -> str:
             rates = ("" if share is None else f"{100 * share:.1f} %" for share in shown)
             cells = (row["attack"], detail, *rates, f"{low} to {high}")
             lines.append(f"| {' | '.join(cells)} | {row['n']} |")
-    return "\n".join(lines) + "\n"
+        worst = strongest(found["attacks"])
+        share = f"{100 * worst['success']:.1f} %"
+        lines += ["", f"The strongest attack on {name}: {worst['attack']}, {share}."]
+    return "\n".join(lines) + "\n" + _GLOSSARY
+
+
+def strongest(attacks: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The attack that brings a concept back most often, without relearning, which always can."""
+    return max(
+        (row for row in attacks if row["attack"] not in ("none", "relearning")),
+        key=lambda row: row["success"],
+    )
 
 
 def _row(name: str, row: Mapping[str, Any], *, percent: bool = True) -> str:

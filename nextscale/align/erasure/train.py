@@ -47,6 +47,10 @@ from nextscale.var.lora import add_lora, base_fingerprint, save_lora
 
 logger = logging.getLogger(__name__)
 PROMPT_TARGETS = ("cross.q", "cross.kv", "cross.proj", "fc1", "fc2")
+_KEPT_IN_RESUME = (
+    *("model", "concepts", "method", "sequential", "pairs", "replacements", "num_pairs", "seed"),
+    *("num_pictures", "filter_pairs", "prefix", "lora_rank", "lora_alpha", "targets"),
+)
 CLASS_TARGETS = ("qkv", "modulation", "fc1", "fc2")
 
 
@@ -79,6 +83,7 @@ def erase(config: EraseConfig, *, progress: bool = True) -> EraseResult:
             that do not fit the model, an output_dir that holds an adapter or touches the model.
     """
     _check_apart(config)
+    _check_resumed(config)
     pipe = NextScalePipeline.from_pretrained(config.model, dtype="float32")
     pipe.tokenizer.requires_grad_(False)
     model = pipe.transformer
@@ -100,7 +105,9 @@ def erase(config: EraseConfig, *, progress: bool = True) -> EraseResult:
     )
     report = None
     if held_out is not None and processes.is_main():
-        report = open_report(config, pipe, held_out, recognisers, progress=progress)
+        report = open_report(
+            config, pipe, held_out, recognisers, counts=drawn.counts, progress=progress
+        )
     retain = _retain(config, pipe, retained)
     folder = Path(config.output_dir)
     settings: dict[str, Any] = {"method": config.method, "concepts": list(config.concepts)}
@@ -142,6 +149,20 @@ def _check_apart(config: EraseConfig) -> None:
         )
 
 
+def _check_resumed(config: EraseConfig) -> None:
+    """A resumed run erases what it began to erase: the adapter says only what it was last told."""
+    if config.resume_from_checkpoint is None:
+        return
+    began, now = record.read_settings(config.output_dir), record.plain_settings(config)
+    kept = (*_KEPT_IN_RESUME, "max_train_steps") if config.sequential else _KEPT_IN_RESUME
+    if changed := [name for name in kept if name in began and began[name] != now[name]]:
+        told = ", ".join(f"{name} {began[name]}, not {now[name]}" for name in changed)
+        raise UserError(
+            f"the run in {config.output_dir} began with {told}: resume it with its own settings, "
+            "or choose another output_dir"
+        )
+
+
 def _check_model(config: EraseConfig, model: NextScaleTransformer) -> None:
     """What does not fit the model is said before anything is drawn."""
     trained_scales(config, model.schedule)
@@ -177,7 +198,7 @@ def open_pairs(config: EraseConfig, pipe: NextScalePipeline) -> list[ConceptPair
             known = {pair.concept for pair in pairs}
             if missing := [name for name in config.concepts if name not in known]:
                 raise UserError(
-                    f"pairs {config.pairs} name no {', '.join(missing)}; they have "
+                    f"pairs {config.pairs} have no concept {', '.join(missing)}; they name "
                     f"{', '.join(sorted(known))}"
                 )
             pairs = [pair for pair in pairs if pair.concept in config.concepts]
@@ -203,7 +224,8 @@ def open_recognisers(
     scenes, _ = _kind(pipe)
     usual = ("checker", "clip") if scenes else ()
     return {
-        name: open_recogniser(name, pairs, scenes=scenes) for name in config.recognisers or usual
+        name: open_recogniser(name, pairs, scenes=scenes, download=config.download)
+        for name in config.recognisers or usual
     }
 
 

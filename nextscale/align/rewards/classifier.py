@@ -53,8 +53,8 @@ def timm_classifier(
 
     Args:
         name: In timm's list, with or without tag: "resnet50" or "resnet50.a1_in1k".
-        path: File of the weights; None: NEXTSCALE_CLASSIFIER, the hub's cache, and the hub if
-            `download`.
+        path: File of the weights, of any number of classes; None: NEXTSCALE_CLASSIFIER, the hub's
+            cache, and the hub if `download`.
         device: Where to run.
         download: Fetch the weights if they are nowhere.
 
@@ -81,6 +81,10 @@ def timm_classifier(
     state: Any = storage.read_tensors(found) if tensors else storage.read_pickle(found)
     if not isinstance(state, dict):
         raise UserError(f"{found} holds no weights by name")
+    head = network.pretrained_cfg.get("classifier")
+    own = state.get(f"{head}.weight") if isinstance(head, str) else None
+    if own is not None and len(own) != network.num_classes:
+        network.reset_classifier(len(own))  # trained on a world of one's own
     storage.load_state(network, state, found)
     return _prepared(network, resolve_model_data_config(network), device)
 

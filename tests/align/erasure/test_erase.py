@@ -252,6 +252,21 @@ def test_concepts_one_after_the_other(model: Path, tmp_path: Path) -> None:
     assert min(found[2], found[4]) > 2 * max(found[k] for k in (0, 1, 3))
 
 
+def test_a_resumed_run_goes_on_with_what_it_began(model: Path, tmp_path: Path) -> None:
+    began = config(
+        model, tmp_path / "run", concepts=("2", "4"), sequential=True, gate=0.0, max_train_steps=2
+    )
+    run(began)
+    before = adapter(tmp_path / "run")
+    again = replace(began, resume_from_checkpoint="latest")
+    for change in ({"concepts": ("3",)}, {"method": "svare"}, {"max_train_steps": 4}):
+        (name,) = change
+        with pytest.raises(UserError, match=f"began with {name} "):
+            run(replace(again, **change))
+    after = adapter(tmp_path / "run")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_preservation_holds_the_rest(model: Path, tmp_path: Path) -> None:
     """Modified prompts by one weight, retain prompts by another."""
     given: dict[str, Any] = {"mode": "joint", "gate": 0.0}
@@ -329,6 +344,8 @@ def test_a_swapped_class_draws_its_replacement(model: Path, tmp_path: Path) -> N
         ({"concepts": ("\u00b2",)}, "no class of the model"),
         ({"retain_prompts": ("classes",)}, "retain_prompts ask for what is erased"),
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps"),
+        ({"method": "uce", "resume_from_checkpoint": "latest"}, "trains nothing"),
+        ({"attack_prompts": "list.txt"}, "attacks of the report, which are off"),
     ],
 )
 def test_what_does_not_fit_is_refused(

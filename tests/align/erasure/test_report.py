@@ -183,6 +183,9 @@ def test_the_report_names_attacks_with_their_counts(
     text = markdown(result.report)
     assert "| attack on 2 | | without | shown | 95 % | n |" in text
     assert text.count("| sampling |") == 12
+    assert max(row["success"] for row in attacks[1:-1]) == report.strongest(attacks)["success"]
+    assert f"The strongest attack on {ERASED}: {report.strongest(attacks)['attack']}" in text
+    assert f"on {world}: seed 0." in text
 
 
 def test_distance_and_diversity_of_what_is_no_scene(
@@ -356,10 +359,20 @@ def test_a_swapped_class_is_found_again(world: Path, recognise: Callable[..., np
     assert soft.shown > 0.5 * soft.n
     again = relearning(under, every=10, most=60, learning_rate=3e-3)
     assert again.shown > 0.5 * again.n
-    assert again.detail["steps"] <= 60
+    assert 0 < again.detail["steps"] <= 60
+    assert again.detail["back"]
     after = under.pipe.transformer.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(p.requires_grad for p in under.pipe.transformer.parameters())
+
+
+def test_what_is_there_is_not_relearnt(world: Path, recognise: Callable[..., np.ndarray]) -> None:
+    there = relearning(target(world, recognise, swapped=False), most=4)
+    assert (there.detail["steps"], there.detail["back"]) == (0, True)
+    never = relearning(
+        target(world, lambda images, _: np.zeros(len(images), bool), swapped=True), every=2, most=4
+    )
+    assert (never.detail["steps"], never.detail["back"]) == (4, False)
 
 
 def test_classes_have_no_words_to_attack(world: Path, recognise: Callable[..., np.ndarray]) -> None:
