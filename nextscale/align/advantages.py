@@ -41,7 +41,8 @@ def group_advantages(
         std_eps: 1e-4 in trl and Flow-GRPO, 1e-6 in DDPO.
         std_ddof: 1 is the unbiased deviation (trl), 0 the population's (DDPO, Flow-GRPO).
         baseline: What is subtracted: the group's mean, its median (GBPO), or score_norm, the mean
-            weighted by `score_norms`, which has the least variance of all constants (OBLR-PO).
+            weighted by `score_norms`, which has the least variance of all constants (OBLR-PO,
+            without its learning rate by the gradient's signal over noise).
         score_norms: Of score_norm: squared norms of each sample's score, or a proxy of them.
     """
     require("scale_rewards", scale_rewards, scale_rewards in SCALES, f"be one of {SCALES}")
@@ -50,11 +51,12 @@ def group_advantages(
     if scale_rewards == "beta_norm":
         return beta_norm(rewards, groups)
     if baseline == "median":
-        mean = torch.stack([rewards[groups == g].nanmedian() for g in range(len(mean))])
+        mean = torch.stack([rewards[groups == g].nanquantile(0.5) for g in range(len(mean))])
     elif baseline == "score_norm":
         if score_norms is None:
             raise UserError("baseline score_norm needs score_norms, one per sample")
-        mean = _weighted_means(rewards, score_norms, groups)
+        # of differences from the mean: equal rewards must leave none, by rounding neither
+        mean = mean + _weighted_means(rewards - mean[groups], score_norms, groups)
     centred = rewards - mean[groups]
     if scale_rewards == "group":
         centred = centred / (std[groups] + std_eps)
@@ -66,9 +68,10 @@ def group_advantages(
 def beta_norm(rewards: Float[Tensor, " b"], groups: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
     """A = (r - p) / Beta(p; alpha, beta), p the group's mean (BNPO, arXiv 2506.02864).
 
-    With mean m and unbiased variance v of all groups' p: a = (m (1 - m) / v - 1) m, b the same with
-    1 - m; alpha = max(1, 1 + a / 3), beta = max(1, 1 + b / 3). 1 / density is at most 1e6. trl's
-    loss_type bnpo is something else.
+    With mean m and unbiased variance v of p, over groups with a reward: a = (m (1 - m) / v - 1) m,
+    b the same with 1 - m; alpha = max(1, 1 + a / 3), beta = max(1, 1 + b / 3). 1 / density is at
+    most 1e6. Where the p are all alike, and for a single group, the density is 1. Left out: the sum
+    of several rewards' advantages. trl's loss_type bnpo is something else.
 
     Args:
         rewards: In [0, 1]; NaN is unscorable.
@@ -81,14 +84,18 @@ def beta_norm(rewards: Float[Tensor, " b"], groups: Int[Tensor, " b"]) -> Float[
     fits = bool(((known >= 0) & (known <= 1)).all())
     low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 0.0)
     require("beta_norm's rewards", f"{low:g} to {high:g}", fits, "lie in [0, 1]")
-    means = group_moments(rewards, groups, 1)[0]
-    m, v = means.mean(), means.var() if len(means) > 1 else means.new_zeros(())
-    spread = m * (1 - m) / v.clamp_min(1e-12) - 1
+    values = rewards.double()  # densities of nearly equal means cancel
+    means = group_moments(values, groups, 1)[0]
+    drawn = means[groups[~values.isnan()].unique()]
+    m, v = drawn.mean(), drawn.var() if len(drawn) > 1 else means.new_zeros(())
+    if float(v) <= _FLAT**2:
+        return (values - means[groups]).nan_to_num(0.0).to(rewards)
+    spread = m * (1 - m) / v - 1
     alpha, beta = ((1 + spread * x / 3).clamp_min(1.0) for x in (m, 1 - m))
     inside = means.clamp(1e-12, 1 - 1e-12)
     density = torch.distributions.Beta(alpha, beta).log_prob(inside)
     weight = (-density).exp().clamp_max(_MOST_WEIGHT)
-    return ((rewards - means[groups]) * weight[groups]).nan_to_num(0.0)
+    return ((values - means[groups]) * weight[groups]).nan_to_num(0.0).to(rewards)
 
 
 def _weighted_means(values: Tensor, weights: Tensor, groups: Tensor) -> Float[Tensor, " g"]:

@@ -26,7 +26,7 @@ def upper_bounds(
     Args:
         gains: Mean absolute advantage of each source.
         counts: n_j, groups that were drawn from each.
-        known: False for sources without a gain yet, whose bound is infinite; None: all.
+        known: False for sources that were never drawn, whose bound is infinite; None: all.
     """
     n = torch.tensor(counts, dtype=torch.float64)
     bonus = (2 * math.log(sum(counts) + 1) / (n + 1)).sqrt()
@@ -40,7 +40,8 @@ class Curriculum:
     """Draws prompts from sources by the softmax of their upper confidence bounds.
 
     Differences from the paper: the gain of a group is the mean of |r - its mean|, not divided by
-    its deviation, which would make all groups alike; a source that was never drawn comes first.
+    its deviation, which would make all groups alike; a source that was never drawn comes first; one
+    that nothing could score has gain 0.
 
     Args:
         prompts: Of all sources.
@@ -67,7 +68,7 @@ class Curriculum:
     def probabilities(self) -> Float[Tensor, " n"]:
         """Of the sources, in the order of `sources`."""
         gains = [sum(g) / max(len(g), 1) for g in self._gains.values()]
-        known = [len(g) > 0 for g in self._gains.values()]
+        known = [count > 0 for count in self._counts.values()]
         bounds = upper_bounds(gains, list(self._counts.values()), known=known)
         if bool(bounds.isinf().any()):
             return bounds.isinf().double() / bounds.isinf().sum()

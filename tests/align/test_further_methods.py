@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nextscale.align.advantages import beta_norm, group_advantages
+from nextscale.align.experience import Rollout
 from nextscale.align.methods.covariance import covariances, highest, random_between
 from nextscale.align.methods.d2o import D2O, D2OConfig
 from nextscale.align.methods.diffusion_nft import DiffusionNFT, DiffusionNFTConfig
@@ -29,6 +31,8 @@ from nextscale.align.objectives import (
     reg_grpo_loss,
     seppo_loss,
 )
+from nextscale.align.prompts import Prompt
+from nextscale.align.trajectory import StepEval, Trajectory
 from nextscale.errors import UserError
 
 MISC = json.loads((Path(__file__).parents[1] / "golden" / "align" / "misc.json").read_text())
@@ -63,20 +67,42 @@ def test_beta_normalisation() -> None:
         beta_norm(double([0.0, 2.0]), torch.tensor([0, 0]))
 
 
+def test_beta_normalisation_at_its_edges() -> None:
+    """In float32 as in float64; without the groups that nothing could score; without a spread."""
+    rewards = torch.rand(6, 4, generator=torch.Generator().manual_seed(0))
+    groups = torch.arange(6).repeat_interleave(4)
+    wanted = beta_norm(rewards.double().flatten(), groups)
+    close(beta_norm(rewards.flatten(), groups), wanted.tolist(), rtol=1e-5, atol=1e-6)
+    lost = torch.cat([rewards.flatten(), torch.full((4,), math.nan)])
+    found = beta_norm(lost, torch.cat([groups, torch.full((4,), 6)]))
+    close(found[:24], wanted.tolist(), rtol=1e-5, atol=1e-6)
+    assert not found[24:].any()
+    alike = torch.tensor([0.0, 1.0] * 4)
+    for same in (torch.zeros(8, dtype=torch.long), torch.arange(4).repeat_interleave(2)):
+        close(beta_norm(alike, same), (alike - 0.5).tolist())
+
+
 def test_covariances() -> None:
     row = MISC["covariance_control"]
     found = covariances(double(row["advantages"]), double(row["logps"]))
     close(found, row["cov"])
-    chosen = highest(found, row["kl_cov_top_percent"] / 100)
+    every = torch.ones_like(found, dtype=torch.bool)
+    chosen = highest(found, row["kl_cov_top_percent"] / 100, every)
     assert chosen.flatten().nonzero()[:, 0].tolist() == row["kl_cov_indices"]
     low, high = 0.0, 1.0
-    some = random_between(found, low, high, 0.2, torch.Generator().manual_seed(0))
+    some = random_between(found, low, high, 0.2, every, torch.Generator().manual_seed(0))
     assert int(some.sum()) == 2
     assert bool(((found[some] > low) & (found[some] < high)).all())
-    few = random_between(found, 1.0, 5.0, 0.5, torch.Generator().manual_seed(0))
+    few = random_between(found, 1.0, 5.0, 0.5, every, torch.Generator().manual_seed(0))
     assert few.flatten().nonzero()[:, 0].tolist() == [2]
     counted = torch.ones_like(found, dtype=torch.bool)
     counted[0] = False
+    values = torch.arange(20.0, dtype=torch.float64)[None]
+    trained = (values < 10) & (values > 0)
+    assert highest(values, 0.4, trained).nonzero()[:, 1].tolist() == [7, 8, 9]
+    drawn = random_between(values, 2.0, 30.0, 0.4, trained, torch.Generator().manual_seed(0))
+    assert int(drawn.sum()) == 3
+    assert bool((trained & (values > 2))[drawn].all())
     part = covariances(double(row["advantages"]), double(row["logps"]), counted)
     assert not part[0].any()
     rest = covariances(double(row["advantages"])[1:], double(row["logps"])[1:])
@@ -211,6 +237,12 @@ def test_baselines_of_a_group() -> None:
     rewards, groups = double([0.0, 1.0, 5.0, 2.0, 2.0, 2.0]), torch.tensor([0, 0, 0, 1, 1, 1])
     median = group_advantages(rewards, groups, scale_rewards="none", baseline="median")
     close(median, [-1.0, 0.0, 4.0, 0.0, 0.0, 0.0])
+    even = group_advantages(rewards, torch.zeros(6, dtype=torch.long), scale_rewards="none",
+                            baseline="median")  # fmt: skip
+    close(even, [-2.0, -1.0, 3.0, 0.0, 0.0, 0.0])
+    half = double([0, 0, 1, 1])
+    close(group_advantages(half, torch.zeros(4, dtype=torch.long), scale_rewards="none",
+                           baseline="median"), [-0.5, -0.5, 0.5, 0.5])  # fmt: skip
     norms = double([1.0, 1.0, 2.0, 1.0, 1.0, 1.0])
     options: dict[str, Any] = {"scale_rewards": "none", "baseline": "score_norm"}
     weighted = group_advantages(rewards, groups, score_norms=norms, **options)
@@ -221,6 +253,15 @@ def test_baselines_of_a_group() -> None:
     close(unscorable, [-0.5, 0.5, 0.0])
     with pytest.raises(UserError, match="needs score_norms"):
         group_advantages(rewards, groups, baseline="score_norm")
+
+
+def test_equal_rewards_teach_nothing_by_any_baseline() -> None:
+    """Nor by what rounding leaves of weighted means."""
+    groups, rewards = torch.zeros(64, dtype=torch.long), torch.full((64,), 1 / 3)
+    norms = torch.rand(64, generator=torch.Generator().manual_seed(3))
+    for baseline in ("mean", "median", "score_norm"):
+        found = group_advantages(rewards, groups, baseline=baseline, score_norms=norms)
+        assert not found.any(), baseline
 
 
 def test_the_baseline_by_score_norms_has_the_least_variance() -> None:
@@ -255,6 +296,12 @@ def test_fdpg_rests_where_the_policy_is_the_target() -> None:
         assert bool((away[order].diff() >= 0).all()), divergence
 
 
+def test_fdpg_takes_no_settings_that_it_would_not_read() -> None:
+    for changes in ({"scale_rewards": "none"}, {"std_eps": 1.0}, {"std_ddof": 0}):
+        with pytest.raises(UserError, match="divides by no deviation"):
+            FDPGConfig(loss=GRPOConfig(**changes))
+
+
 def test_fdpg_by_reverse_kl_is_reward_with_a_kl_penalty() -> None:
     rewards, log_ratio = noise(8), 0.1 * noise(8, seed=1)
     found = fdpg_rewards(log_ratio, rewards, 0.5, "reverse_kl")
@@ -274,6 +321,89 @@ class Toy:
 
 def policy() -> Any:
     return Toy()
+
+
+class Judged(Toy):
+    """What its weights say of three samples is given."""
+
+    def __init__(self, logp: Tensor, ref_logp: Tensor | None = None) -> None:
+        self.logp, self.ref_logp = logp, ref_logp
+
+    def evaluate(self, trajectory: Any, *_: Any, **__: Any) -> StepEval:
+        rows = trajectory.actions[0][:, 0]
+        step = torch.arange(4).repeat_interleave(torch.tensor(self.units))
+        return StepEval(
+            self.logp[rows], torch.arange(10), step, torch.ones(len(rows), 10, dtype=torch.bool),
+            None if self.ref_logp is None else self.ref_logp[rows],
+            entropy=torch.zeros(len(rows), 10, dtype=torch.float64),
+        )  # fmt: skip
+
+
+def rollout(old: Tensor, total: Tensor, groups: list[int]) -> Rollout:
+    rows, sizes = torch.arange(len(old))[:, None], (1, 2, 3, 4)
+    trajectory = Trajectory(
+        "categorical", rows, [rows, *(rows.expand(-1, n) for n in sizes[1:])],
+        list(old.split(sizes, dim=1)), (True,) * 4, (0.0,) * 4, {},
+    )  # fmt: skip
+    prompts = [Prompt("a", {})] * len(old)
+    numbers = torch.tensor(groups)
+    return Rollout(
+        trajectory, prompts, numbers, total[:, None], (1.0,), total, "sum", (), {}, {}, (0, 0)
+    )
+
+
+def test_kl_cov_clips_nowhere_and_holds_the_tokens_of_highest_covariance() -> None:
+    old, now = -1 - noise(3, 10).abs(), -1 - noise(3, 10, seed=1).abs()
+    total = double([0.0, 1.0, 3.0])
+    settings = GRPOConfig(covariance="kl", covariance_share=0.2, covariance_coef=0.5)
+    method = GRPO(settings, Judged(now))  # pyright: ignore[reportArgumentType]
+    experience = method.learn(rollout(old, total, [0, 0, 0]))
+    columns = {**experience.columns, "old_logps": old}
+    experience = replace(experience, columns=columns)
+    advantages = group_advantages(total, torch.zeros(3, dtype=torch.long))[:, None]
+    held = highest(covariances(advantages.expand(3, 10), old), 0.2, torch.ones(3, 10).bool())
+    assert int(held.sum()) == 6
+    ratio = now - old
+    wanted = (-ratio.exp() * advantages + 0.5 * ratio.abs() * held).mean()
+    ((found, _),) = method.losses(experience, torch.arange(3), 1, nn.Identity())
+    close(found, float(wanted))
+    # by the weights that drew it, what rounding left of the log-ratio holds nothing
+    ((fresh, _),) = method.losses(experience, torch.arange(3), 0, nn.Identity())
+    close(fresh, float((-ratio.exp() * advantages).mean()))
+
+
+def test_clip_cov_gives_its_tokens_no_gradient() -> None:
+    old, total = -1 - noise(3, 10).abs(), double([0.0, 1.0, 3.0])
+    settings = GRPOConfig(covariance="clip", covariance_share=0.2, covariance_bounds=(0.0, 9.0))
+    method = GRPO(settings, Judged(old))  # pyright: ignore[reportArgumentType]
+    found = method.learn(rollout(old, total, [0, 0, 0])).columns["advantages"]
+    advantages = group_advantages(total, torch.zeros(3, dtype=torch.long))[:, None].expand(3, 10)
+    clipped = found == 0
+    assert int(clipped.sum()) == 6
+    assert bool((covariances(advantages, old)[clipped] > 0).all())
+    assert torch.equal(found[~clipped], advantages[~clipped])
+
+
+def test_fdpg_weighs_whole_samples() -> None:
+    """pi / p is a ratio of likelihoods: scale weights are the loss's alone."""
+    now, reference = -1 - noise(4, 10).abs(), -1 - noise(4, 10, seed=1).abs()
+    total, groups = double([0.0, 1.0, 3.0, 1.0]), [0, 0, 1, 1]
+    settings = FDPGConfig(loss=GRPOConfig(scale_weight="scale"), reward_temperature=0.5)
+    method = FDPG(settings, Judged(now, reference))  # pyright: ignore[reportArgumentType]
+    found = method.learn(rollout(now, total, groups)).columns["advantages"]
+    ratio = (now - reference).sum(1)
+    for rows in ([0, 1], [2, 3]):
+        own = fdpg_rewards(ratio[rows], total[rows], 0.5, "js_divergence")
+        close(found[rows], (own - own.mean()).tolist())
+
+
+def test_unscorable_samples_are_regressed_on_nothing() -> None:
+    old = -1 - noise(4, 10).abs()
+    method = RegGRPO(RegGRPOConfig(), Judged(old))  # pyright: ignore[reportArgumentType]
+    found = method.learn(rollout(old, double([0.0, 1.0, 3.0, math.nan]), [0, 0, 1, 1]))
+    assert found.weights.tolist() == [1.0, 0.0]
+    alike = method.learn(rollout(old, double([1.0, 1.0, 3.0, 4.0]), [0, 0, 1, 1]))
+    assert alike.weights.tolist() == [0.0, 1.0]
 
 
 def test_siblings_are_judged_by_the_scales_that_they_differ_in() -> None:

@@ -245,7 +245,7 @@ def test_lora_changes_the_model_until_it_is_unloaded_and_refuses_another_base(
         return pipe(prompt, seed=0, num_images_per_prompt=8).tokens
 
     plain, fingerprint = tokens(), base_fingerprint(pipe.transformer)
-    with pytest.raises(UserError, match="folder of a run; its LoRA is .*model"):
+    with pytest.raises(UserError, match=r"folder of a run; its LoRA is .*model"):
         pipe.load_lora(tmp_path / "lora")
     pipe.load_lora(tmp_path / "lora" / "model")
     assert base_fingerprint(pipe.transformer) == fingerprint

@@ -28,12 +28,15 @@ def covariances(
     return torch.where(counted, centred[0] * centred[1], 0.0)
 
 
-def highest(values: Float[Tensor, "b u"], share: float) -> Bool[Tensor, "b u"]:
-    """The share of highest values, one or more."""
-    count = max(1, int(share * values.numel()))
+def highest(
+    values: Float[Tensor, "b u"], share: float, counted: Bool[Tensor, "b u"]
+) -> Bool[Tensor, "b u"]:
+    """The share of highest values among those that count, one or more."""
+    count = max(1, int(share * int(counted.sum())))
+    known = torch.where(counted, values, -torch.inf).flatten()
     chosen = torch.zeros(values.numel(), dtype=torch.bool, device=values.device)
-    chosen[values.flatten().topk(count).indices] = True
-    return chosen.view_as(values)
+    chosen[known.topk(count).indices] = True
+    return chosen.view_as(values) & counted
 
 
 def random_between(
@@ -41,11 +44,12 @@ def random_between(
     low: float,
     high: float,
     share: float,
+    counted: Bool[Tensor, "b u"],
     generator: torch.Generator,
 ) -> Bool[Tensor, "b u"]:
-    """A share of all, drawn from those with low < value < high; fewer if these are few."""
-    places = ((values > low) & (values < high)).flatten().nonzero()[:, 0].cpu()
-    count = min(max(1, int(share * values.numel())), len(places))
+    """A share of those that count, drawn from low < value < high; fewer if these are few."""
+    places = (counted & (values > low) & (values < high)).flatten().nonzero()[:, 0].cpu()
+    count = min(max(1, int(share * int(counted.sum()))), len(places))
     chosen = torch.zeros(values.numel(), dtype=torch.bool, device=values.device)
     picked = places[torch.randperm(len(places), generator=generator)[:count]]
     chosen[picked.to(values.device)] = True

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from nextscale.align.advantages import group_advantages
+from nextscale.align.advantages import group_advantages, informative
 from nextscale.align.experience import Experience, Rollout, sample_streams
 from nextscale.align.methods.method import Loss
 from nextscale.align.objectives.nft import diffusion_nft_loss
@@ -71,13 +71,13 @@ class DiffusionNFT:
         return ()
 
     def learn(self, rollout: Rollout) -> Experience:
-        """How good each sample is in its group; unscorable ones have weight 0."""
+        """How good each sample is in its group; weight 0 without differences or a reward."""
         self.old.load_state_dict(self.policy.network.state_dict())
         advantages = group_advantages(rollout.total, rollout.groups)
         share = (1 + (advantages / self.settings.advantage_clip).clamp(-1, 1)) / 2
         items = torch.arange(len(share), device=share.device)[:, None]
-        used = (~rollout.total.isnan()).to(share)
-        return Experience(rollout, items, used, {"share": share})
+        used = informative(advantages, rollout.groups) & ~rollout.total.isnan()
+        return Experience(rollout, items, used.to(share), {"share": share})
 
     def losses(
         self, experience: Experience, examples: Int[Tensor, " n"], step: int, network: nn.Module

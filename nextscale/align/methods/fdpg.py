@@ -39,6 +39,10 @@ class FDPGConfig:
         name, value = "reward_temperature", self.reward_temperature
         require(name, value, value > 0, "be above 0")
         check_nested("fdpg.loss", self.loss)
+        for key in ("scale_rewards", "std_eps", "std_ddof"):
+            value = getattr(self.loss, key)
+            usual = value == getattr(GRPOConfig(), key)
+            require(f"fdpg.loss.{key}", value, usual, "stay: f-DPG divides by no deviation")
 
 
 def fdpg_rewards(
@@ -93,7 +97,7 @@ class FDPG:
 
     def learn(self, rollout: Rollout) -> Experience:
         """Advantages from rewards and from where the policy already is."""
-        log_ratio = self.objective.log_ratios(rollout)
+        log_ratio = self.objective.log_ratios(rollout, weighted=False)
         found = torch.empty_like(rollout.total)
         for group in range(int(rollout.groups.max()) + 1):
             rows = rollout.groups == group

@@ -147,12 +147,12 @@ class GRPO:
         """Clip-Cov: tokens without gradient; KL-Cov: "held", those that are held."""
         settings, old = self.settings, columns["old_logps"]
         advantages = columns["advantages"].view(len(old), -1).expand_as(old)
-        found = covariances(advantages, old, (self.weights > 0).to(old.device).expand_as(old))
+        counted = (self.weights > 0).to(old.device).expand_as(old)
+        found, share = covariances(advantages, old, counted), settings.covariance_share
         if settings.covariance == "kl":
-            return {"held": highest(found, settings.covariance_share).to(old)}
+            return {"held": highest(found, share, counted).to(old)}
         low, high = settings.covariance_bounds
-        share = settings.covariance_share
-        clipped = random_between(found, low, high, share, stream(*rollout.key, 13))
+        clipped = random_between(found, low, high, share, counted, stream(*rollout.key, 13))
         return {"advantages": torch.where(clipped, 0.0, advantages)}
 
     def _vmr(self, rollout: Rollout, total: Tensor, plain: Tensor) -> Float[Tensor, "b u"]:
@@ -170,12 +170,17 @@ class GRPO:
         return advantages
 
     @torch.no_grad()
-    def log_ratios(self, rollout: Rollout, *, mean: bool = False) -> Float[Tensor, " b"]:
-        """k1 = log pi - log ref of each sample, by weight of units; sum or mean over them."""
+    def log_ratios(
+        self, rollout: Rollout, *, mean: bool = False, weighted: bool = True
+    ) -> Float[Tensor, " b"]:
+        """k1 = log pi - log ref of each sample, sum or mean over its units, by their weight or all.
+
+        Unweighted, the sum is that of whole samples.
+        """
         found = []
         for ev in self._judged(rollout, "ref_logp"):
             assert ev.ref_logp is not None
-            mask = self._mask(ev)
+            mask = self._mask(ev) if weighted else ev.mask.to(ev.logp)
             total = ((ev.logp - ev.ref_logp) * mask).sum(1)
             found.append(total / mask.sum(1) if mean else total)
         return torch.cat(found)
@@ -235,12 +240,21 @@ class GRPO:
         each = self._step_weights(experience, steps).sum(1).expand(len(experience.rollout.groups))
         averaged = self.settings.loss_type in BY_SAMPLE
         normalizer = each[rows] if averaged else each.mean() * len(rows)
+        fresh = step == trajectory.model_version
         for chunk in chunks:
             ev = self.policy.evaluate(trajectory, chunk, need=self._need(), network=network)
-            yield self._loss(ev, own, self._mask(ev, own.get("mask")), weight, normalizer)
+            mask = self._mask(ev, own.get("mask"))
+            yield self._loss(ev, own, mask, weight, normalizer, fresh=fresh)
 
     def _loss(
-        self, ev: StepEval, own: dict[str, Tensor], mask: Tensor, weight: Tensor, normalizer: Tensor
+        self,
+        ev: StepEval,
+        own: dict[str, Tensor],
+        mask: Tensor,
+        weight: Tensor,
+        normalizer: Tensor,
+        *,
+        fresh: bool,
     ) -> Loss:
         settings = self.settings
         # Without them the weights are still those that drew the samples.
@@ -272,7 +286,9 @@ class GRPO:
         )
         extra = self._extra_terms(ev)
         if held is not None:
-            term = self._held_terms(ev, old, advantages) * held
+            distance = torch.zeros_like(ev.logp) if fresh else (ev.logp - old).abs()
+            term = self._unclipped(ev.logp - old, advantages)
+            term = term + settings.covariance_coef * distance * held
             extra = term if extra is None else extra + term
         if extra is not None:
             length = sum(self.policy.units)
@@ -287,13 +303,11 @@ class GRPO:
             metrics["kl"] = float((ev.kl.detach() * mask).sum() / mask.sum().clamp_min(1e-12))
         return loss, metrics
 
-    def _held_terms(self, ev: StepEval, old: Tensor, advantages: Tensor) -> Float[Tensor, "b u"]:
-        """KL-Cov: -rho A + coef |l| in place of the clipped loss."""
-        log_ratio = ev.logp - old
+    def _unclipped(self, log_ratio: Tensor, advantages: Tensor) -> Float[Tensor, "b u"]:
+        """What makes -rho A of the clipped loss: KL-Cov clips nowhere."""
         ratio, high = log_ratio.exp(), self.settings.epsilon_high or self.epsilon
         clipped = ratio.clamp(1 - self.epsilon, 1 + high)
-        unclipped = torch.minimum(ratio * advantages, clipped * advantages) - ratio * advantages
-        return unclipped + self.settings.covariance_coef * log_ratio.abs()
+        return torch.minimum(ratio * advantages, clipped * advantages) - ratio * advantages
 
     def _extra_terms(self, ev: StepEval) -> Tensor | None:
         """Terms per unit that `grpo_loss` does not have: other KL forms, entropy."""

@@ -62,9 +62,9 @@ class GRPOConfig:
     covariance: str = "none"
     """Tokens whose log-probability goes with the advantage make the entropy collapse. clip: a
     random share of those of high covariance gets no gradient (Clip-Cov); kl: those of highest
-    covariance are not clipped and held by the absolute log-ratio (KL-Cov)."""
+    covariance are held by the absolute log-ratio, and none is clipped (KL-Cov)."""
     covariance_share: float = 0.01
-    """Share of tokens (the paper has 0.0002 and 0.002, of far more tokens)."""
+    """Share of the tokens that are trained (the paper has 0.0002 and 0.002, of far more tokens)."""
     covariance_bounds: tuple[float, float] = (1.0, 5.0)
     """clip: lowest and highest covariance of such tokens."""
     covariance_coef: float = 1.0

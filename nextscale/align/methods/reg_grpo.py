@@ -61,13 +61,14 @@ class RegGRPO:
         return ()
 
     def learn(self, rollout: Rollout) -> Experience:
-        """Advantages; groups without differences have weight 0."""
+        """Advantages; groups without differences, or with unscorable samples, have weight 0."""
         advantages = group_advantages(rollout.total, rollout.groups)
         count = int(rollout.groups.max()) + 1
         items = torch.arange(len(advantages), device=advantages.device).view(count, -1)
-        useful = informative(advantages, rollout.groups).view(count, -1)[:, 0].to(advantages)
+        scored = ~rollout.total.isnan().view(count, -1).any(dim=1)
+        useful = informative(advantages, rollout.groups).view(count, -1)[:, 0] & scored
         columns = {"advantages": advantages, "old_logps": old_logps(rollout)}
-        return Experience(rollout, items, useful, columns)
+        return Experience(rollout, items, useful.to(advantages), columns)
 
     def losses(
         self, experience: Experience, examples: Int[Tensor, " n"], step: int, network: nn.Module

@@ -100,7 +100,8 @@ def grpo_loss(
     advantages = advantages if advantages.ndim == 2 else advantages[:, None]
     log_ratio = logps - old_logps
     level = "sequence" if loss_type == "luspo" else importance_sampling_level
-    ratio = (_mean(log_ratio, mask) if level == "sequence" else log_ratio).exp()
+    exponent = _mean(log_ratio, mask) if level == "sequence" else log_ratio
+    ratio = exponent.exp()
     if loss_type == "cispo":
         loss = -ratio.clamp(max=high).detach() * advantages * logps
     elif loss_type == "sapo":
@@ -115,7 +116,7 @@ def grpo_loss(
         loss = advantages.abs() * distance
     elif loss_type == "mdpo":
         require("mirror_step", mirror_step, mirror_step > 0, "be above 0")
-        loss = -ratio * advantages + (ratio * ratio.log() - ratio + 1) / mirror_step
+        loss = -ratio * advantages + (ratio * exponent - ratio + 1) / mirror_step
     else:
         require("delta", delta, delta is None or delta > 1 + high, f"be above {1 + high}")
         capped = ratio if delta is None else ratio.clamp(max=delta)
