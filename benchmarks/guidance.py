@@ -84,7 +84,9 @@ def main() -> None:
     network = small_features("scenes-features", device="cpu")
     unit = len(captions) * pipe.transformer.schedule.num_tokens
     output = Path(options.output)
-    table = earlier(output)
+    command = f"python benchmarks/guidance.py --model {options.model} "
+    command += f"--prompts {options.prompts} --images {options.images}"
+    table = earlier(output, command=command)
     for name, settings in ROWS.items():
         if name in table:
             continue
@@ -105,8 +107,6 @@ def main() -> None:
             "fd_scenes_se": distance["se"],
         }
         print(name, json.dumps(table[name]), flush=True)
-        command = f"python benchmarks/guidance.py --model {options.model} "
-        command += f"--prompts {options.prompts} --images {options.images}"
         save_record(output, command, rows=table)
     print(markdown(table))
 

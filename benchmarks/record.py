@@ -47,7 +47,12 @@ def cpu_name() -> str:
     return platform.processor()
 
 
-def earlier(path: str | Path, key: str = "rows") -> dict[str, Any]:
-    """What a file of results holds so far."""
+def earlier(path: str | Path, key: str = "rows", *, command: str | None = None) -> dict[str, Any]:
+    """What a file of results holds so far, by this command if one is given."""
     path = Path(path)
-    return json.loads(path.read_text())[key] if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    found = json.loads(path.read_text())
+    if command is not None and found["command"] != command:
+        raise SystemExit(f"{path} is of {found['command']}: give another --output")
+    return found[key]

@@ -5,9 +5,11 @@
 Every row draws one picture for each of --prompts captions at temperature 1 with the same seeds: by
 plain sampling, by the likeliest of N (`num_candidates`), by MG-Select, by the best of N and by tree
 search, the last two judged by the checker (a verifier that knows) and by the bundled CLIP (one that
-guesses). Costs are counted in evaluations of one whole picture, kept prefixes included once for
-each continuation. `--model` takes a tuned model for the stacked case. Rows that are in the results
-are not drawn again. Writes benchmarks/results/search.json and docs/images/search.png.
+guesses); a picture that the checker calls right takes no more samples. Costs are counted in
+evaluations of one whole picture, kept prefixes included each time that samples go on from them.
+`--model` takes a tuned model for the stacked case, with another --output and --plot. Rows that are
+in the results are not drawn again. Writes benchmarks/results/search.json and
+docs/images/search.png.
 """
 
 from __future__ import annotations
@@ -82,7 +84,8 @@ def main() -> None:
     pipe = NextScalePipeline.from_pretrained(options.model)
     captions = load_benchmark("hard")[: options.prompts]
     output = Path(options.output)
-    table = earlier(output)
+    command = f"python benchmarks/search.py --model {options.model} --prompts {options.prompts}"
+    table = earlier(output, command=command)
     for name in options.rows or every:
         if name in table:
             continue
@@ -105,7 +108,6 @@ def main() -> None:
             "seconds": round(seconds, 1),
         }
         print(name, json.dumps(table[name]), flush=True)
-        command = f"python benchmarks/search.py --model {options.model} --prompts {options.prompts}"
         save_record(output, command, rows=table)
     plot(table, Path(options.plot))
 

@@ -38,7 +38,7 @@ class DiffusionFlags:
     num_inference_steps: int | None = None
     """Denoising steps of a diffusers pipeline; none: 20."""
     eta: float | None = None
-    """Noise of DDIM steps under --search best_of and tree, (0, 1]; none: 1. Without search there is
+    """Noise of DDIM steps under --search, (0, 1]; none: 1. Without search there is
     none, and flow matching has its own."""
 
     def diffusion(self) -> dict[str, Any]:

@@ -94,7 +94,9 @@ class GenerateConfig(SearchFlags, ControlFlags, SamplingFlags, DiffusionFlags, M
         if self.lora_scale != 1 and self.lora is None:
             raise UserError("--lora_scale is the strength of --lora, which is missing")
         self.check_search()
-        for name in ("start", "save_scales", "negative_prompt", "control_type"):
+        if self.search is not None and self.num_candidates not in (None, 1):
+            raise UserError("--search takes the place of num_candidates: leave one of them out")
+        for name in ("start", "save_scales", "negative_prompt", "control_type", "more_smooth"):
             if self.search is not None and getattr(self, name):
                 raise UserError(f"--search draws from prompts alone: leave {name} out")
         if self.start is not None and self.negative_prompt is not None:

@@ -98,6 +98,8 @@ def resolve_job(config: GenerateConfig) -> Job:
     generation = model.folder / "generation_config.json"
     defaults = asdict(storage.build(SamplingConfig, model.generation, generation))
     settings = asdict(SamplingConfig(**{**defaults, **config.sampling()}))
+    if config.search is not None:
+        settings["num_candidates"] = 1
     import torch
 
     dtype = str(resolve_dtype(config.dtype, torch.device(pick_device(config.device))))

@@ -19,18 +19,19 @@ if TYPE_CHECKING:
 class SearchFlags:
     """More samples than pictures, and a choice."""
 
-    search: Literal["best_of", "tree", "mg_select", "genarm"] | None = None
+    search: Literal["best_of", "tree", "dts", "mg_select", "genarm"] | None = None
     """best_of: independent samples, tree: samples that go on from good beginnings, both judged by
-    --search_reward; mg_select: by guidance alone; genarm: one sample, whose tokens --search_model
-    weighs. It takes the place of num_candidates."""
+    --search_reward; dts: the same, but drawn by the reward and not the best; mg_select: by guidance
+    alone; genarm: one sample, whose tokens --search_model weighs. It takes the place of
+    num_candidates."""
     search_reward: str | None = None
     """A reward of single pictures as in `nextscale align`, such as clip; none: checker, for models
     of scenes."""
     search_samples: int = 8
     """Samples per picture."""
     search_steps: tuple[int, ...] = ()
-    """tree: scales at which samples part, of diffusers pipelines denoising steps; none: 1 2 3, or
-    after each quarter."""
+    """tree, dts: scales at which samples part, of diffusers pipelines denoising steps; none: 1 2,
+    or after each quarter."""
     search_model: str | None = None
     """genarm: a model of the same tokenizer, such as one that `nextscale align` left."""
     search_weight: float = 1.0
@@ -50,6 +51,7 @@ class SearchFlags:
             None: set(),
             "best_of": {"search_reward", "search_samples"},
             "tree": {"search_reward", "search_samples", "search_steps"},
+            "dts": {"search_reward", "search_samples", "search_steps"},
             "mg_select": {"search_samples"},
             "genarm": {"search_model", "search_weight"},
         }[self.search]
@@ -91,7 +93,7 @@ def open_search(flags: SearchFlags, device: torch.device, *, scenes: bool) -> Se
     """
     if flags.search is None:
         return None
-    if flags.search not in ("best_of", "tree"):
+    if flags.search in ("mg_select", "genarm"):
         raise UserError(f"--search {flags.search} is for next-scale models; take best_of or tree")
     from nextscale.align.rewards import open_reward
     from nextscale.align.search import BestOf, TreeSearch
@@ -102,4 +104,5 @@ def open_search(flags: SearchFlags, device: torch.device, *, scenes: bool) -> Se
     reward = open_reward(name, device=device)
     if flags.search == "best_of":
         return BestOf(reward, flags.search_samples)
-    return TreeSearch(reward, flags.search_samples, steps=flags.search_steps or None)
+    steps, greedy = flags.search_steps or None, flags.search == "tree"
+    return TreeSearch(reward, flags.search_samples, steps=steps, greedy=greedy)

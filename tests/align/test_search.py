@@ -60,7 +60,7 @@ def test_one_sample_is_the_picture_without_search(name: str, pipe: NextScalePipe
     assert (search.cost.samples, search.cost.passes, search.cost.pictures) == (4, 4, 4)
 
 
-@pytest.mark.parametrize("name", SEARCHES)
+@pytest.mark.parametrize("name", ["best_of", "greedy"])
 def test_more_samples_never_choose_a_worse_one(name: str, pipe: NextScalePipeline) -> None:
     values = []
     for count in (1, 4, 8):
@@ -87,17 +87,76 @@ def test_what_parts_late_shares_the_first_scales(pipe: NextScalePipeline) -> Non
             seen.append(drawer)
             return super().choose(drawer)
 
-    search = Kept(REWARD, 10, steps=(2,), width=2, growth=0)
+    search = Kept(REWARD, 10, steps=(2,), width=4, growth=0)
     pipe(class_labels=[1], seed=0, search=search)
     (drawer,) = seen
     assert drawer.trajectory is not None
     assert search.cost.samples == 10
     coarse = torch.cat(drawer.trajectory.actions[:2], dim=1)
-    assert len({tuple(row) for row in coarse.tolist()}) == 2  # width children of the root
+    assert len({tuple(row) for row in coarse.tolist()}) <= 4  # width children of the root
     fine = torch.cat(drawer.trajectory.actions, dim=1)
     assert len({tuple(row) for row in fine.tolist()}) == 10
-    # 2 whole samples, 8 that continue 5 of 30 tokens: the prefix runs once more for each
-    assert search.cost.passes == pytest.approx(2 + 8)
+    # 4 whole samples; 3 that continue 5 of 30 tokens, which run once more for all 3; 3 one by one
+    assert search.cost.passes == pytest.approx(4 + (5 / 30 + 3 * 25 / 30) + 3)
+
+
+def test_by_default_a_tree_goes_on_from_its_samples(pipe: NextScalePipeline) -> None:
+    """Else it would be best-of-N under another name."""
+    fresh = []
+
+    class Counted(Drawer):
+        def sample(self, pictures: Sequence[int]) -> list[int]:
+            fresh.extend(pictures)
+            return super().sample(pictures)
+
+    search = TreeSearch(REWARD, 16)
+    drawer = Counted(NextScalePolicy(pipe), REWARD, [1, 2], [0, 1], search.cost)
+    search.choose(drawer)
+    assert search.cost.samples == 32
+    assert 2 * 2 <= len(fresh) <= 2 * 8
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
+def test_the_unit_of_a_reward_changes_no_tree(scale: float, pipe: NextScalePipeline) -> None:
+    scaled = as_reward(lambda images, prompts: 7 + scale * light(images, prompts), "scaled")
+    trees = [TreeSearch(reward, 12) for reward in (REWARD, scaled)]
+    found = [pipe(class_labels=LABELS, seed=5, search=tree).tokens for tree in trees]
+    assert torch.equal(found[0], found[1])
+
+
+@pytest.mark.parametrize("name", ["best_of", "greedy"])
+def test_what_cannot_be_better_takes_no_more_samples(name: str, pipe: NextScalePipeline) -> None:
+    limit = float(light(pipe(class_labels=LABELS, seed=0, output_type="pt").images, []).median())
+
+    def verdict(images: Tensor, prompts: Sequence[Any]) -> Tensor:
+        return (light(images, prompts) > limit).float()
+
+    searches = []
+    for range_ in (None, (0.0, 1.0)):
+        reward = as_reward(verdict, "verdict", range=range_)
+        made = BestOf(reward, 6) if name == "best_of" else TreeSearch(reward, 6)
+        found = pipe(class_labels=LABELS, seed=0, output_type="pt", search=made)
+        searches.append((made.cost, found))
+    (whole, first), (short, second) = searches
+    assert whole.samples == 24 > short.samples >= 4
+    right = verdict(second.images, LABELS)
+    assert torch.equal(right, verdict(first.images, LABELS))
+    if name == "best_of":
+        assert torch.equal(first.tokens, second.tokens)
+
+
+def test_sampling_draws_its_answer_by_reward(pipe: NextScalePipeline) -> None:
+    """DTS gives a sample of the tilted distribution, not the best one."""
+    labels, seeds = [i % 5 for i in range(48)], list(range(48))
+    policy = NextScalePolicy(pipe)
+
+    def value(**settings: Any) -> float:
+        chosen = TreeSearch(REWARD, 6, **settings).on(policy, labels, seeds)
+        return float(light(policy.decode(chosen), labels).mean())
+
+    plain = float(light(policy.decode(BestOf(REWARD, 1).on(policy, labels, seeds)), labels).mean())
+    sampled = value(greedy=False, sharpness=2.0)
+    assert plain < sampled < value(greedy=False, sharpness=50.0) == pytest.approx(value(), abs=0.01)
 
 
 def test_a_tree_finds_what_independent_samples_do_not(
@@ -127,6 +186,20 @@ def test_a_tree_finds_what_independent_samples_do_not(
         chosen = search.on(policy, labels, seeds)
         both[type(search).__name__] = float((parts(chosen) > limits).all(1).float().mean())
     assert both["TreeSearch"] > both["BestOf"] + 0.1, both
+
+
+def test_sampling_settings_hold_in_a_search(
+    pipe: NextScalePipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also those that training could not judge, without a word about it."""
+    for settings in ({"top_k": 4}, {"guidance_threshold": 0.05}, {"control_guidance_scale": 2.0}):
+        own = NextScalePipeline(
+            pipe.tokenizer, pipe.transformer, replace(pipe.generation, **settings)
+        )
+        found = own(class_labels=LABELS, seed=5, search=BestOf(REWARD, 1)).tokens
+        assert torch.equal(found, own(class_labels=LABELS, seed=5).tokens)
+    assert not torch.equal(found, pipe(class_labels=LABELS, seed=5, top_k=4).tokens)
+    assert not caplog.records
 
 
 def test_unscorable_samples_are_never_chosen(pipe: NextScalePipeline) -> None:
@@ -160,6 +233,8 @@ def test_mg_select_takes_what_the_prompt_decided(pipe: NextScalePipeline) -> Non
         pipe(class_labels=[1], seed=3, guidance_scale=1.0, search=MGSelect(6))
     with pytest.raises(UserError, match="guidance is off"):
         pipe(class_labels=[1], seed=3, search=MGSelect(6, scales=1))
+    with pytest.raises(UserError, match="leave out one of the two"):
+        pipe(class_labels=[1], seed=3, guidance_threshold=0.1, search=MGSelect(6))
 
 
 def test_another_model_weighs_the_tokens(
@@ -247,6 +322,8 @@ def test_generate_searches(
         (["--search_samples", "3"], "not read without --search"),
         (["--search", "mg_select", "--search_reward", "clip"], "not read by --search mg_select"),
         ([*flags, "--save_scales"], "leave save_scales out"),
+        ([*flags, "--num_candidates", "4"], "takes the place of num_candidates"),
+        ([*flags, "--more_smooth"], "leave more_smooth out"),
     ):
         assert main([*command, *wrong, "--output_dir", str(tmp_path / "x")]) == 2
         assert message in capsys.readouterr().err

@@ -58,6 +58,8 @@ class NextScalePolicy:
             precision of the network that it is given.
         batch_size: Samples drawn or decoded at once.
         train_scales: Only the first so many are trained; None: all.
+        only_draws: Nothing is trained on what is drawn, so that no setting is in the way of its
+            log-probabilities.
 
     Raises:
         UserError: For more scales than there are, or filters with which the importance ratio would
@@ -77,15 +79,16 @@ class NextScalePolicy:
         autocast: torch.dtype | None = None,
         batch_size: int = 64,
         train_scales: int | None = None,
+        only_draws: bool = False,
     ) -> None:
         require("logp_space", logp_space, logp_space in SPACES, f"be one of {', '.join(SPACES)}")
         settings = replace(settings or pipeline.generation, num_candidates=1, more_smooth=False)
-        if settings.guidance_threshold is not None:
+        if settings.guidance_threshold is not None and not only_draws:
             raise UserError(
                 "guidance_threshold makes guidance depend on what was drawn, which "
                 "log-probabilities would not see: leave it out"
             )
-        filtered = settings.top_k > 0 or settings.top_p < 1
+        filtered = (settings.top_k > 0 or settings.top_p < 1) and not only_draws
         if filtered and logp_space != "guided":
             raise UserError(
                 f"top_k {settings.top_k}, top_p {settings.top_p} with logp_space {logp_space}: a "

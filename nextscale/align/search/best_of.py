@@ -25,5 +25,6 @@ class BestOf(Search):
     def choose(self, drawer: Drawer) -> Sequence[int]:
         """See `Search`."""
         for _ in range(self.num_samples):
-            drawer.sample(range(len(drawer.seeds)))
+            if pictures := drawer.unfinished():
+                drawer.sample(pictures)
         return drawer.best()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nextscale.align.policies.next_scale import NextScalePolicy
 from nextscale.align.rewards import score
-from nextscale.align.rewards.reward import AnyReward, PairwiseReward, SetReward
+from nextscale.align.rewards.reward import AnyReward, CheckedReward, PairwiseReward, SetReward
 from nextscale.align.trajectory import Policy, Trajectory, map_rows
 from nextscale.errors import UserError
 from nextscale.pipeline import NextScalePipeline, Request
@@ -29,7 +29,8 @@ class Cost:
     Attributes:
         samples: Leaves, each a finished picture that was judged.
         passes: Transformer evaluations in units of one sample drawn by itself: shares of the
-            tokens (or denoising steps) that were computed, kept prefixes included once per parent.
+            tokens (or denoising steps) that were computed. A kept prefix counts each time that
+            samples go on from it, once for all that do so together; latents are kept for nothing.
         pictures: Chosen.
     """
 
@@ -41,7 +42,8 @@ class Cost:
 class Drawer:
     """Draws, continues and judges samples for the pictures of a batch.
 
-    Sample j of a picture has streams of (seed, j); sample 0 is the picture without search.
+    Sample j of a picture has streams of (seed, j); sample 0 of a next-scale model is the picture
+    without search and candidates.
 
     Args:
         policy: Draws.
@@ -77,17 +79,27 @@ class Drawer:
         self.cost.passes += len(rows)
         return self._keep(drawn, pictures)
 
-    def branch(self, parents: Sequence[int], at_step: int) -> list[int]:
-        """Samples that share the steps before `at_step` with these; returns their numbers."""
+    def branch(self, parents: Sequence[int], at_step: int, count: int = 1) -> list[int]:
+        """`count` samples in a row for each of these, with its steps before `at_step`.
+
+        The keys and values of the kept scales are computed once per parent.
+        """
         assert self.trajectory is not None
-        pictures = [self.owner[parent] for parent in parents]
+        pictures = [self.owner[parent] for parent in parents for _ in range(count)]
         rows = torch.tensor(list(parents), device=self.trajectory.actions[0].device)
         drawn = self.policy.branch(
-            self.trajectory.index(rows), at_step, 1, generators=self._streams(pictures)
+            self.trajectory.index(rows), at_step, count, generators=self._streams(pictures)
         )
-        prefix = float(self.shares[at_step]) if self.policy.kind == "categorical" else 0.0
-        self.cost.passes += len(parents) * (prefix + 1 - float(self.shares[at_step]))
+        kept = float(self.shares[at_step])
+        prefix = kept if self.policy.kind == "categorical" else 0.0
+        self.cost.passes += len(parents) * (prefix + count * (1 - kept))
         return self._keep(drawn, pictures)
+
+    def unfinished(self) -> list[int]:
+        """Pictures without a sample of the highest value that the reward can give."""
+        highest = self.reward.range[1] if isinstance(self.reward, CheckedReward) else math.inf
+        done = {o for o, value in zip(self.owner, self.values, strict=True) if value >= highest}
+        return [picture for picture in range(len(self.seeds)) if picture not in done]
 
     def best(self) -> list[int]:
         """The best sample of each picture."""
@@ -122,6 +134,9 @@ class Drawer:
 
 class Search(ABC):
     """What `pipe(..., search=)` takes; `on` does the same with any policy, diffusion included.
+
+    A picture whose reward is the highest there can be, such as 1 of the checker, takes no more
+    samples: none could be better.
 
     Args:
         reward: Of single pictures; see `open_reward`.
@@ -173,10 +188,13 @@ class Search(ABC):
         """Tokens and pictures in [0, 1] of a pipeline's batch.
 
         Raises:
-            UserError: With controls, or a negative prompt.
+            UserError: With controls, a negative prompt or `more_smooth`.
         """
-        if request.controls or request.negative_ids is not None:
-            raise UserError("search draws from prompts alone: leave out controls, negative_prompt")
-        policy = NextScalePolicy(pipe, request.settings)
+        if request.controls or request.negative_ids is not None or request.settings.more_smooth:
+            raise UserError(
+                "search draws from prompts alone: leave out controls, negative_prompt, more_smooth"
+            )
+        off = {"control_guidance_scale": None, "control_in_negative": False}
+        policy = NextScalePolicy(pipe, replace(request.settings, **off), only_draws=True)
         found = self.on(policy, request.conditions, request.seeds)
         return torch.cat(found.actions, dim=1), policy.decode(found)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -25,6 +25,7 @@ class Node:
     Attributes:
         depth: How many levels of steps are decided; the deepest are finished samples.
         sample: One that begins like this; None: the root.
+        reward: Of a finished sample.
         visits: Samples below.
         value: Soft value of those, see `TreeSearch`.
         children: Different next levels.
@@ -32,31 +33,41 @@ class Node:
 
     depth: int
     sample: int | None = None
+    reward: float = math.nan
     visits: int = 0
     value: float = -math.inf
     children: list[Node] = field(default_factory=list)
+
+    def leaves(self) -> Iterator[Node]:
+        """Finished samples below."""
+        if self.sample is not None and not self.children:
+            yield self
+        for child in self.children:
+            yield from child.leaves()
 
 
 class TreeSearch(Search):
     """Diffusion Tree Sampling (DTS) and Search (DTS*, arXiv 2506.20701).
 
     A node is the first steps of a sample. From the root, children are chosen by their values until
-    a node has room for another child (progressive widening: at most width visits^growth); the base
-    model continues it to the end, and the reward of what comes out moves all values above it,
-    v = (1 / sharpness) log mean exp(sharpness v_child).
+    a node has room for other children (progressive widening: at most width visits^growth), which
+    are drawn at once; the base model continues each to the end, and the rewards of what comes out
+    move all values above, v = (1 / sharpness) log mean exp(sharpness v_child).
 
-    Differences from the paper: a finished sample takes no further visits; on next-scale models a
-    level is one scale or several, and the keys and values of a prefix are computed once more for
-    each continuation, which the cost counts.
+    Differences from the paper: a finished sample takes no further visits; rewards are counted in
+    spreads of the picture's samples so far, so that sharpness and exploration mean the same for any
+    reward; all children that a node but the root has room for are opened together, with one pass
+    over the scales that they share (keys and values are not kept between turns, which the cost
+    counts); on next-scale models a level is one scale or several.
 
     Args:
         reward: Of single pictures.
         num_samples: Finished samples per picture.
-        steps: Where samples may part, rising; None: before each of the first four scales but the
-            first, which the root is for; of denoising steps after each quarter.
+        steps: Where samples may part, rising; None: before the second and the third scale; of
+            denoising steps after each quarter.
         sharpness: lambda: how much better a child must be to be preferred.
-        greedy: DTS*: choose the child of highest value plus exploration; otherwise DTS: draw it by
-            exp(sharpness value).
+        greedy: DTS*: choose the child of highest value plus exploration, and the best sample;
+            otherwise DTS: draw both by exp(sharpness value).
         exploration: DTS*: weight of sqrt(log visits / visits of the child).
         width: Children of a node that was visited once.
         growth: Exponent of visits.
@@ -93,28 +104,42 @@ class TreeSearch(Search):
         """See `Search`."""
         bounds = [0, *self._steps(drawer.policy)]
         roots = [Node(0) for _ in drawer.seeds]
-        for turn in range(self.num_samples):
-            paths = [
-                self._select(root, len(bounds), stream(seed, _SELECT, turn))
-                for root, seed in zip(roots, drawer.seeds, strict=True)
-            ]
-            for depth, step in enumerate(bounds):
-                rows = [i for i, path in enumerate(paths) if path[-1].depth == depth]
-                if not rows:
-                    continue
-                parents = [paths[i][-1].sample for i in rows]
+        turn = 0
+        while pictures := [i for i in drawer.unfinished() if drawer.drawn[i] < self.num_samples]:
+            # picture -> the path to the node that gets other children, and how many
+            paths = {
+                i: self._select(roots[i], len(bounds), stream(drawer.seeds[i], _SELECT, turn))
+                for i in pictures
+            }
+            rooms = {
+                i: min(self._opened(path[-1]), self.num_samples - drawer.drawn[i])
+                for i, path in paths.items()
+            }
+            for depth, room in sorted({(paths[i][-1].depth, rooms[i]) for i in pictures}):
+                own = [i for i in pictures if (paths[i][-1].depth, rooms[i]) == (depth, room)]
+                parents = [paths[i][-1].sample for i in own]
                 if depth == 0:
-                    found = drawer.sample(rows)
+                    found = drawer.sample([i for i in own for _ in range(room)])
                 else:
-                    found = drawer.branch([p for p in parents if p is not None], step)
-                for i, sample in zip(rows, found, strict=True):
-                    self._grow(paths[i], sample, len(bounds), drawer.values[sample])
-        return drawer.best()
+                    known = [parent for parent in parents if parent is not None]
+                    found = drawer.branch(known, bounds[depth], room)
+                for row, sample in enumerate(found):
+                    picture = own[row // room]
+                    self._grow(paths[picture], sample, len(bounds), drawer.values[sample])
+            for i in pictures:
+                self._revalue(roots[i])
+            turn += 1
+        if self.greedy:
+            return drawer.best()
+        return [
+            self._draw_leaf(root, stream(seed, _SELECT, turn), best)
+            for root, seed, best in zip(roots, drawer.seeds, drawer.best(), strict=True)
+        ]
 
     def _steps(self, policy: Policy) -> list[int]:
         """Where samples part."""
         last = policy.num_steps - 1
-        steps = list(range(1, min(4, last + 1)) if self.steps is None else self.steps)
+        steps = list(range(1, min(3, last + 1)) if self.steps is None else self.steps)
         if self.steps is None and policy.kind == "gaussian":
             count = policy.num_steps
             steps = sorted({count * k // 4 for k in (1, 2, 3)} - {0})
@@ -122,15 +147,21 @@ class TreeSearch(Search):
             raise UserError(f"steps ends at {steps[-1]}; samples part at {last} at the latest")
         return steps
 
+    def _room(self, node: Node) -> int:
+        """How many more children a node may have, 0 or less if it is full."""
+        most = math.ceil(self.width * max(node.visits, 1) ** self.growth)
+        return most - len(node.children)
+
+    def _opened(self, node: Node) -> int:
+        """How many children it gets at once: those of the root share nothing, so one by one."""
+        return max(self._room(node), 1) if node.depth else 1
+
     def _select(self, root: Node, deepest: int, generator: torch.Generator) -> list[Node]:
-        """From the root to the node that gets another child."""
+        """From the root to the node that gets other children, of the last level if all are full."""
         path = [root]
-        while True:
-            node = path[-1]
-            room = len(node.children) < math.ceil(self.width * max(node.visits, 1) ** self.growth)
-            if not node.children or room or node.depth == deepest - 1:
-                return path
-            path.append(self._child(node, generator))
+        while self._room(path[-1]) <= 0 and path[-1].depth < deepest - 1:
+            path.append(self._child(path[-1], generator))
+        return path
 
     def _child(self, node: Node, generator: torch.Generator) -> Node:
         values = torch.tensor([child.value for child in node.children], dtype=torch.float64)
@@ -141,17 +172,36 @@ class TreeSearch(Search):
         bonus = (math.log(max(node.visits, 1)) / visits).sqrt()
         return node.children[int((values + self.exploration * bonus).argmax())]
 
+    def _draw_leaf(self, root: Node, generator: torch.Generator, best: int) -> int:
+        """DTS: a finished sample, drawn from the root down; never one that nothing could score."""
+        node = root
+        while node.children:
+            node = self._child(node, generator)
+        return best if node.sample is None or math.isnan(node.reward) else node.sample
+
     def _grow(self, path: list[Node], sample: int, deepest: int, reward: float) -> None:
-        """Hang a finished sample below the last node, and move the values above it."""
+        """Hang a finished sample below the last node."""
         path = list(path)
         while path[-1].depth < deepest:
             child = Node(path[-1].depth + 1, sample)
             path[-1].children.append(child)
             path.append(child)
+        path[-1].reward = reward
         for node in path:
             node.visits += 1
-        path[-1].value = _UNSCORABLE if math.isnan(reward) else reward
-        for node in reversed(path[:-1]):
-            values = torch.tensor([c.value for c in node.children], dtype=torch.float64)
-            mean = (self.sharpness * values).logsumexp(0) - math.log(len(values))
-            node.value = float(mean) / self.sharpness
+
+    def _revalue(self, root: Node) -> None:
+        """Values from the rewards of all samples, in their spread."""
+        known = [leaf.reward for leaf in root.leaves() if not math.isnan(leaf.reward)]
+        low, high = min(known, default=0.0), max(known, default=0.0)
+        self._back_up(root, low, high - low or 1.0)
+
+    def _back_up(self, node: Node, low: float, spread: float) -> None:
+        if not node.children:
+            node.value = _UNSCORABLE if math.isnan(node.reward) else (node.reward - low) / spread
+            return
+        for child in node.children:
+            self._back_up(child, low, spread)
+        values = torch.tensor([child.value for child in node.children], dtype=torch.float64)
+        mean = (self.sharpness * values).logsumexp(0) - math.log(len(values))
+        node.value = float(mean) / self.sharpness

@@ -17,7 +17,9 @@ class MGSelect:
 
     Of N samples the one with the largest sum over tokens of KL(p(. | c) || p(. | no prompt)), where
     the second side is the unconditional one that guidance computes anyway, so that it costs
-    nothing. Differences from the paper, whose second side has masked inputs.
+    nothing. Differences from the paper, whose second side has masked inputs. Next-scale models
+    only: a denoising step has no distribution over tokens, and its two noise predictions are of
+    unit scale at every step, whatever the prompt decided.
 
     Args:
         num_samples: N.
@@ -36,8 +38,13 @@ class MGSelect:
         """Tokens and pictures in [0, 1] of a pipeline's batch.
 
         Raises:
-            UserError: If guidance is off at all scales that count.
+            UserError: If guidance is off at all scales that count, or ends picture by picture.
         """
+        if request.settings.guidance_threshold is not None:
+            raise UserError(
+                "MG-Select compares what guidance computes, and guidance_threshold leaves it out "
+                "of some pictures: leave out one of the two"
+            )
         count, rows = self.num_samples, len(request.seeds)
         seeds = candidate_seeds(request.seeds, count)
         negative = request.negative_ids
