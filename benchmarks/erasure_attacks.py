@@ -34,6 +34,7 @@ def attacked(folder: Path, prompts: int) -> dict[str, Any]:
     kept = ("model", "concepts", "method", "seed", "recognisers", "pairs", "eval_pairs")
     kept += ("eval_prompts",)
     config = EraseConfig(
+        output_dir=str(folder),
         num_eval_prompts=prompts,
         **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in kept},
     )
