@@ -64,7 +64,7 @@ def grpo_loss(
     gbpo is our reading of bounded policy optimisation: the best policy within the ratio's bounds is
     pi_old (1 +- epsilon) by the sign of a median-centred advantage, and the loss is the weighted
     distance to it. mdpo is mirror descent (arXiv 2005.09814): its second term has the expectation
-    KL(pi || pi_old) under samples of pi_old.
+    KL(pi || pi_old) under samples of pi_old; its schedule of step sizes is left out.
 
     Differences from trl: the default of `loss_type` is grpo; the mask may hold weights, which then
     count in the denominators too; bnpo takes `normalizer` like dapo.
