@@ -1,4 +1,10 @@
-"""A control module as what is tuned: its base draws under it and stays as it is."""
+"""A control module as what is tuned: its base draws under it and stays as it is.
+
+An untrained module (`--control new:TYPE`) with GRPO, the agreement with its map as reward and the
+KL to the base is CTRL (arXiv 2406.12120) for next-scale models. Differences from the paper: policy
+gradients, not the gradient through the sampler; how well a map is followed, not the likelihood of a
+classifier; diffusion is left out.
+"""
 
 from __future__ import annotations
 

@@ -89,7 +89,9 @@ class Preference:
     """P(i > j) = sigma((r_i - r_j) / temperature): another reward as preferences.
 
     With `preference_scores` the self-play of SPO (arXiv 2401.04056): only the order of a group
-    counts, by and by, and outliers do not.
+    counts, by and by, and outliers do not. Differences from the paper: the preferences come from a
+    reward, and so are transitive; those of people or of a model are a `PairwiseReward` of your own.
+    The reward sees no metadata.
 
     Args:
         reward: Of single pictures.

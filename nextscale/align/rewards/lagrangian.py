@@ -14,7 +14,8 @@ class Lagrangian:
 
     The sum of the rewards without threshold by their weights, and of those with one by mu_k, is
     what is trained: a constraint that holds with room loses its weight, so that nothing is gained
-    by driving its reward further up.
+    by driving its reward further up. Differences from the paper: the mu move once per rollout, by
+    its mean reward; one value baseline for each reward is left out, groups are the baseline.
 
     Args:
         weights: One per reward; those with a threshold are where mu_k starts.
