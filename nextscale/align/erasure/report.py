@@ -37,7 +37,7 @@ _SAMPLE = 50  # pictures of each concept for a person to judge
 _SHARE = (0.0, 1.0)
 _SETTINGS = ("max_train_steps", "train_batch_size", "learning_rate", "lora_rank", "eta", "seed")
 _GLOSSARY = """
-Shown: the recogniser sees the concept. Right: all that the prompt asks for is there. Near: prompts
+Seen: the recogniser finds the concept. Right: all that the prompt asks for is there. Near: prompts
 that share a part with the concept (a single word has none). Base with the modified prompt: how
 often the concept is seen where it was not asked for; no erasure can be better. Harmonic mean: of
 the share that no longer shows the concept and of the others that are right. Intervals: 95 %,
@@ -310,11 +310,11 @@ def markdown(record: Mapping[str, Any]) -> str:
         f"{record['images_per_prompt']} pictures each."
     ]
     lines += [""]
-    lines += ["| shown or right | before | after | difference |", "|---|---|---|---|"]
+    lines += ["| seen or right | before | after | difference |", "|---|---|---|---|"]
     for name, found in record["concepts"].items():
         seen = {record["recognisers"][0]: found, **found.get("also_by", {})}
         for who, own in seen.items():
-            title = f"**{name}**, {found['num_prompts']} prompts, shown to {who}"
+            title = f"**{name}**, {found['num_prompts']} prompts, seen by {who}"
             lines.append(_row(title, own["recognised"]))
             lines.append(f"| base with the modified prompt, {who} | {_cell(own['oracle'])} | | |")
         if "near" in found:
