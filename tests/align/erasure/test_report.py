@@ -325,8 +325,9 @@ def test_a_list_that_cannot_be_read_is_refused_before_anything_is_drawn(
     )
     base = NextScalePipeline.from_pretrained("scenes", dtype="float32")
     monkeypatch.setattr(report, "draw", lambda *_, **__: pytest.fail("drawn"))
+    held_out = HeldOut({}, ["a red circle"])
     with pytest.raises(UserError, match="photo"):
-        report.open_report(settings, base, HeldOut({}, ["a red circle"]), {}, progress=False)
+        report.open_report(settings, base, held_out, {}, counts={}, progress=False)
 
 
 # ---- pairs that are kept -------------------------------------------------------------------------
