@@ -56,7 +56,8 @@ B2 = f"--config b2-scenes --b2.num_stages 3 --b2.stage_rollouts 8 {RATE}"
 FIND = "--config find-scenes --learning_rate 1e-3"
 DRAGON = "--config dragon-scenes --dragon.credit leave_one_out --num_prompts 192"
 LARGE = "--num_prompts 96 --num_train_prompts 64"
-FURTHER = f"--config grpo-scenes {RATE}"
+FURTHER = f"--config grpo-scenes {RATE} --gradient_accumulation_steps 2"  # two steps a rollout:
+# in the first one, on policy, KL-Cov is GRPO and Reg-GRPO a multiple of it
 SETS = f"{RATE} --prompts CAPTIONS --eval_prompts HELD_OUT "
 SETS += "--reward_funcs frechet_pixels:EXEMPLARS@1 frechet_pixels_instance:EXEMPLARS@1 vendi "
 SETS += "--reward_weights"
@@ -132,7 +133,7 @@ def flags_of(row: str, seed: int, options: argparse.Namespace) -> list[str]:
         shared |= {
             "lr_scheduler": "constant",
             "lr_warmup_steps": 5,
-            "max_train_steps": options.rollouts,
+            "max_train_steps": options.rollouts * (2 if options.suite == "further" else 1),
             "temperature": 1.0,
             "model": str(Path(options.output_dir, "model")),
         }

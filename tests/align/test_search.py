@@ -143,6 +143,9 @@ def test_what_cannot_be_better_takes_no_more_samples(name: str, pipe: NextScaleP
     assert torch.equal(right, verdict(first.images, LABELS))
     if name == "best_of":
         assert torch.equal(first.tokens, second.tokens)
+    drawn = TreeSearch(as_reward(verdict, "verdict", range=(0.0, 1.0)), 6, greedy=False)
+    pipe(class_labels=LABELS, seed=0, search=drawn)
+    assert drawn.cost.samples == 24  # stopping would tilt what it draws
 
 
 def test_sampling_draws_its_answer_by_reward(pipe: NextScalePipeline) -> None:

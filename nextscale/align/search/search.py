@@ -136,7 +136,7 @@ class Search(ABC):
     """What `pipe(..., search=)` takes; `on` does the same with any policy, diffusion included.
 
     A picture whose reward is the highest there can be, such as 1 of the checker, takes no more
-    samples: none could be better.
+    samples: none could be better (DTS, which does not ask for the best, goes on).
 
     Args:
         reward: Of single pictures; see `open_reward`.

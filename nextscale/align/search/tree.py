@@ -105,7 +105,7 @@ class TreeSearch(Search):
         bounds = [0, *self._steps(drawer.policy)]
         roots = [Node(0) for _ in drawer.seeds]
         turn = 0
-        while pictures := [i for i in drawer.unfinished() if drawer.drawn[i] < self.num_samples]:
+        while pictures := [i for i in self._open(drawer) if drawer.drawn[i] < self.num_samples]:
             # picture -> the path to the node that gets other children, and how many
             paths = {
                 i: self._select(roots[i], len(bounds), stream(drawer.seeds[i], _SELECT, turn))
@@ -135,6 +135,10 @@ class TreeSearch(Search):
             self._draw_leaf(root, stream(seed, _SELECT, turn), best)
             for root, seed, best in zip(roots, drawer.seeds, drawer.best(), strict=True)
         ]
+
+    def _open(self, drawer: Drawer) -> Sequence[int]:
+        """Pictures that may take samples; DTS stops at none, which would tilt what it draws."""
+        return drawer.unfinished() if self.greedy else range(len(drawer.seeds))
 
     def _steps(self, policy: Policy) -> list[int]:
         """Where samples part."""
