@@ -168,18 +168,17 @@ def write_sets(folder: Path) -> None:
         Image.fromarray(image).save(folder / FILES["EXEMPLARS"] / f"{number:04}.png")
 
 
-def run(folder: Path, flags: list[str], earlier: Path | None = None) -> None:
+def run(folder: Path, flags: list[str], before: Path | None = None) -> None:
     """One run, or more steps of an earlier one: its log and, once it is whole, its peak memory."""
     shutil.rmtree(folder, ignore_errors=True)
-    if earlier is not None:
-        shutil.copytree(earlier, folder, ignore=shutil.ignore_patterns("peak_memory_kb"))
+    if before is not None:
+        shutil.copytree(before, folder, ignore=shutil.ignore_patterns("peak_memory_kb"))
         flags = [*flags, "--resume_from_checkpoint", "latest"]
     folder.mkdir(parents=True, exist_ok=True)
     first = sorted(folder.parent.glob("*/before.safetensors"))
-    if first and earlier is None:
-        shutil.copy(
-            first[0], folder
-        )  # the base draws the same again; other captions are drawn anew
+    if first and before is None:
+        # the base draws the same again; other captions are drawn anew
+        shutil.copy(first[0], folder)
     command = [sys.executable, "-m", "nextscale", "align", *flags, "--output_dir", str(folder)]
     with (folder / "run.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nextscale import processes
+from nextscale.align.erasure.checks import check_apart, check_resumed
 from nextscale.align.erasure.closed_form import (
     check_classes,
     check_cross_attention,
@@ -47,10 +48,6 @@ from nextscale.var.lora import add_lora, base_fingerprint, save_lora
 
 logger = logging.getLogger(__name__)
 PROMPT_TARGETS = ("cross.q", "cross.kv", "cross.proj", "fc1", "fc2")
-_KEPT_IN_RESUME = (
-    *("model", "concepts", "method", "sequential", "pairs", "replacements", "num_pairs", "seed"),
-    *("num_pictures", "filter_pairs", "prefix", "lora_rank", "lora_alpha", "targets"),
-)
 CLASS_TARGETS = ("qkv", "modulation", "fc1", "fc2")
 
 
@@ -82,8 +79,8 @@ def erase(config: EraseConfig, *, progress: bool = True) -> EraseResult:
         UserError: For concepts that the model cannot draw, pairs of which none is left, settings
             that do not fit the model, an output_dir that holds an adapter or touches the model.
     """
-    _check_apart(config)
-    _check_resumed(config)
+    check_apart(config)
+    check_resumed(config)
     pipe = NextScalePipeline.from_pretrained(config.model, dtype="float32")
     pipe.tokenizer.requires_grad_(False)
     model = pipe.transformer
@@ -133,34 +130,6 @@ def erase(config: EraseConfig, *, progress: bool = True) -> EraseResult:
         base = NextScalePipeline.from_pretrained(config.model, dtype="float32")
         figures = report.finish(base, pipe, windows)
     return EraseResult(result, pipe, drawn.counts, drawn.pairs, figures, windows)
-
-
-def _check_apart(config: EraseConfig) -> None:
-    """The output touches neither the base nor an earlier result."""
-    out, base = Path(config.output_dir).resolve(), Path(config.model).resolve()
-    if base.is_dir() and (out == base or out in base.parents or base in out.parents):
-        raise UserError(
-            f"output_dir {config.output_dir} and the model {config.model} lie in each other; the "
-            "model is never written to: choose another output_dir"
-        )
-    if (out / "adapter").exists() and config.resume_from_checkpoint is None:
-        raise UserError(
-            f"output_dir {config.output_dir} already holds an adapter; choose another folder"
-        )
-
-
-def _check_resumed(config: EraseConfig) -> None:
-    """A resumed run erases what it began to erase: the adapter says only what it was last told."""
-    if config.resume_from_checkpoint is None:
-        return
-    began, now = record.read_settings(config.output_dir), record.plain_settings(config)
-    kept = (*_KEPT_IN_RESUME, "max_train_steps") if config.sequential else _KEPT_IN_RESUME
-    if changed := [name for name in kept if name in began and began[name] != now[name]]:
-        told = ", ".join(f"{name} {began[name]}, not {now[name]}" for name in changed)
-        raise UserError(
-            f"the run in {config.output_dir} began with {told}: resume it with its own settings, "
-            "or choose another output_dir"
-        )
 
 
 def _check_model(config: EraseConfig, model: NextScaleTransformer) -> None:

@@ -7,6 +7,7 @@ of magnitude (`scale_weight`), a coarse scale can be judged by several completio
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -263,13 +264,13 @@ class GRPO:
         advantages = advantages[:, None] if advantages.ndim == 1 else advantages[:, ev.unit]
         advantages = (advantages * weight[:, None]).expand_as(ev.logp)
         k3 = settings.beta if settings.kl_estimator == "k3" else 0.0
+        held = own["held"][:, ev.unit] if "held" in own else None  # KL-Cov, which clips nowhere
         shared = {
-            "epsilon": self.epsilon,
-            "epsilon_high": settings.epsilon_high,
+            "epsilon": self.epsilon if held is None else math.inf,
+            "epsilon_high": settings.epsilon_high if held is None else None,
             "importance_sampling_level": settings.importance_sampling_level,
             "use_bias_correction_kl": settings.use_bias_correction_kl,
         }
-        held = own["held"][:, ev.unit] if "held" in own else None
         loss = grpo_loss(
             ev.logp,
             old,
@@ -277,7 +278,7 @@ class GRPO:
             mask,
             ref_logps=ev.ref_logp,
             loss_type=settings.loss_type,
-            delta=settings.delta,
+            delta=settings.delta if held is None else None,
             beta=k3,
             max_completion_length=sum(self.policy.units),
             normalizer=normalizer,
@@ -287,8 +288,7 @@ class GRPO:
         extra = self._extra_terms(ev)
         if held is not None:
             distance = torch.zeros_like(ev.logp) if fresh else (ev.logp - old).abs()
-            term = self._unclipped(ev.logp - old, advantages)
-            term = term + settings.covariance_coef * distance * held
+            term = settings.covariance_coef * distance * held
             extra = term if extra is None else extra + term
         if extra is not None:
             length = sum(self.policy.units)
@@ -302,12 +302,6 @@ class GRPO:
         if ev.kl is not None:
             metrics["kl"] = float((ev.kl.detach() * mask).sum() / mask.sum().clamp_min(1e-12))
         return loss, metrics
-
-    def _unclipped(self, log_ratio: Tensor, advantages: Tensor) -> Float[Tensor, "b u"]:
-        """What makes -rho A of the clipped loss: KL-Cov clips nowhere."""
-        ratio, high = log_ratio.exp(), self.settings.epsilon_high or self.epsilon
-        clipped = ratio.clamp(1 - self.epsilon, 1 + high)
-        return torch.minimum(ratio * advantages, clipped * advantages) - ratio * advantages
 
     def _extra_terms(self, ev: StepEval) -> Tensor | None:
         """Terms per unit that `grpo_loss` does not have: other KL forms, entropy."""
