@@ -103,17 +103,12 @@ class Online:
         Raises:
             UserError: With exit code 1, if no sample of its rollouts could be scored.
         """
-        if self.number >= 0 and not self.scored and self._by_reward:
+        if self.number >= 0 and not self.scored and self.method.needs_rewards:
             raise UserError(
                 "the rewards could score no sample of any rollout: nothing was trained, nothing is "
                 "saved. Check that the prompts and metadata are what they read",
                 exit_code=1,
             )
-
-    @property
-    def _by_reward(self) -> bool:
-        """Whether rewards teach; otherwise they are only measured."""
-        return self.config.method != "seppo"
 
     def conditions(self) -> list[Condition]:
         """Everything that rollouts may draw."""
@@ -168,7 +163,7 @@ class Online:
         counted = [r for w, r in zip(self.weights, self.rewards, strict=True) if w]
         fixed = self.lagrangian is None  # else the sum has another meaning in every rollout
         compared = any(isinstance(reward, PairwiseReward) for reward in counted)
-        if fixed and not compared and self._by_reward:
+        if fixed and not compared and self.method.needs_rewards:
             self.trend.update(self.number, metrics["reward"])  # the mean of comparisons never moves
         metrics |= self._adapt(rollout, metrics)
         with torch.no_grad():

@@ -20,7 +20,6 @@ from nextscale.align.controlled import ControlledModel
 from nextscale.align.methods import METHODS, Method
 from nextscale.align.methods.dpo import DPO
 from nextscale.align.methods.grpo import GRPO, TokenMask
-from nextscale.align.methods.seppo import check_pictures
 from nextscale.align.models import AlignModel, open_model
 from nextscale.align.prompts import open_prompts
 from nextscale.align.report import Report, make_report
@@ -121,6 +120,11 @@ def _align(
     train_rewards, held_out = _open_rewards(config, rewards)
     weights = config.reward_weights or (1.0,) * len(train_rewards)
     method = _open_method(config, model, token_mask) if own is None else own(model.policy)
+    if not isinstance(method, Method):
+        raise UserError(
+            f"method makes {type(method).__name__}, which is not derived from "
+            "nextscale.align.methods.Method; see docs/align.md"
+        )
     modules: dict[str, nn.Module] = {"policy": model.policy.network}
     if method.needs_reference and (copy := model.add_reference()) is not None:
         modules["reference"] = copy
@@ -129,8 +133,8 @@ def _align(
         assert isinstance(method, DPO)
         task = Offline(config, model, method)
     prompts = open_prompts(config.prompts, num_classes=model.num_classes)
-    if config.method == "seppo":
-        check_pictures(prompts)
+    weighed = list(zip(train_rewards, weights, strict=True))
+    method.check(prompts, weighed, config.reward_mode)
     watched, prompts = hold_out(prompts, config.num_validation_prompts)
     watcher = Watcher(config, model, watched, train_rewards, weights, held_out)
     if task is None:

@@ -309,6 +309,10 @@ class Redrawing(Policy, Protocol):
 class Denoiser(Policy, Protocol):
     """A policy that also says what a noised sample was: diffusion."""
 
+    def precision(self) -> AbstractContextManager[Any]:
+        """Autocast for networks that no training loop has wrapped, such as earlier weights."""
+        ...
+
     def errors(
         self,
         trajectory: Trajectory,

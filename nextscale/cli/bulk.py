@@ -57,7 +57,8 @@ def generate(config: GenerateConfig, output: Output) -> dict[str, Any]:
             if todo:
                 pipe = _load(job)
                 start = _open_start(job, pipe)
-                search = None if config.search is None else open_pipeline_search(config, pipe)
+                place = {"local_files_only": config.local_files_only}
+                search = config.search and open_pipeline_search(config, pipe, **place)
                 controls = _open_controls(config, pipe)
                 on_main(partial(_start, job, pipe))
                 _draw(job, pipe, start, search, controls, output, set(todo))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 RECIPE = "recipe.yaml"
 _PER_SCALE = ("guidance_scale", "control_guidance_scale", "temperature")  # or one number
 # Flags that do not change a picture; a resumed run may set them anew.
-_FREE = ("output_dir", "resume", "overwrite", "npz", "local_files_only", "device")
+_FREE = ("output_dir", "resume", "overwrite", "npz", "local_files_only", "device", "download")
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,9 @@ def resolve_job(config: GenerateConfig) -> Job:
     if config.start is not None:
         path = Path(config.start)
         weights += ":" + storage.file_sha256(path / "start.safetensors" if path.is_dir() else path)
+    if config.search_model is not None:
+        judge = read_model(config.search_model, local_files_only=config.local_files_only)
+        weights += ":" + judge.weights()
     if config.control_type or config.control:
         weights += ":" + control_digest(config, model.folder)
     job = Job(replace(config, **resolved), conditions, settings, weights, model.takes_prompts)

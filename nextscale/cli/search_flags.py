@@ -36,6 +36,8 @@ class SearchFlags:
     """genarm: a model of the same tokenizer, such as one that `nextscale align` left."""
     search_weight: float = 1.0
     """genarm: of the model's log-probabilities."""
+    download: bool = False
+    """Fetch what --search_reward needs and this machine lacks."""
 
     def check_search(self) -> None:
         """Refuse flags that nothing would read.
@@ -49,9 +51,9 @@ class SearchFlags:
             raise UserError("--search genarm weighs tokens by another model: give --search_model")
         read = {
             None: set(),
-            "best_of": {"search_reward", "search_samples"},
-            "tree": {"search_reward", "search_samples", "search_steps"},
-            "dts": {"search_reward", "search_samples", "search_steps"},
+            "best_of": {"search_reward", "search_samples", "download"},
+            "tree": {"search_reward", "search_samples", "search_steps", "download"},
+            "dts": {"search_reward", "search_samples", "search_steps", "download"},
             "mg_select": {"search_samples"},
             "genarm": {"search_model", "search_weight"},
         }[self.search]
@@ -61,8 +63,15 @@ class SearchFlags:
             raise UserError(f"{', '.join(wrong)}: not read {which}; leave it out")
 
 
-def open_pipeline_search(flags: SearchFlags, pipe: NextScalePipeline) -> Callable[..., Any] | None:
+def open_pipeline_search(
+    flags: SearchFlags, pipe: NextScalePipeline, *, local_files_only: bool = False
+) -> Callable[..., Any] | None:
     """What `pipe(..., search=)` takes.
+
+    Args:
+        flags: Which.
+        pipe: Draws.
+        local_files_only: Do not go to the network for `search_model`.
 
     Raises:
         UserError: Without a reward where one is needed.
@@ -71,7 +80,7 @@ def open_pipeline_search(flags: SearchFlags, pipe: NextScalePipeline) -> Callabl
 
     if flags.search == "genarm":
         assert flags.search_model is not None
-        place = {"device": pipe.device, "dtype": pipe.dtype}
+        place = {"device": pipe.device, "dtype": pipe.dtype, "local_files_only": local_files_only}
         judge = type(pipe).from_pretrained(flags.search_model, **place)
         return GenARM(judge, flags.search_weight)
     if flags.search == "mg_select":
@@ -101,7 +110,7 @@ def open_search(flags: SearchFlags, device: torch.device, *, scenes: bool) -> Se
     name = flags.search_reward or ("checker" if scenes else None)
     if name is None:
         raise UserError(f"--search {flags.search} needs a reward, such as --search_reward clip")
-    reward = open_reward(name, device=device)
+    reward = open_reward(name, device=device, download=flags.download)
     if flags.search == "best_of":
         return BestOf(reward, flags.search_samples)
     steps, greedy = flags.search_steps or None, flags.search == "tree"

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from nextscale.align import AlignConfig, align
-from nextscale.align.experience import collect
+from nextscale.align.experience import Experience, Rollout, collect
 from nextscale.align.methods.b2 import B2, B2Config
 from nextscale.align.methods.d2o import D2OConfig
 from nextscale.align.methods.dpo import DPO, DPOConfig
@@ -412,6 +412,25 @@ def test_the_gradient_of_a_reward_raises_it(tmp_path: Path, model_folder: Path, 
         gains.append(sum(found[-5:]) / 5 - found[0])
     assert gains[0] > 0.008  # little: most of a picture is in the scales before
     assert gains[1] < gains[0] / 2
+
+
+def test_an_own_method_is_a_method(tmp_path: Path, model_folder: Path) -> None:
+    class Likelihood(RAFT):
+        def learn(self, rollout: Rollout) -> Experience:
+            seen.append(len(rollout.total))
+            return super().learn(rollout)
+
+    seen: list[int] = []
+    size = {"train_batch_size": 4, "gradient_accumulation_steps": 1, "max_train_steps": 1}
+    config = settings(tmp_path, model_folder, **size)
+    align(config, method=lambda policy: Likelihood(RAFTConfig(), policy), progress=False)
+    assert seen == [16]
+
+    def other(policy: Any) -> Any:
+        return object()
+
+    with pytest.raises(UserError, match="object, which is not derived from"):
+        align(settings(tmp_path / "no", model_folder), method=other, progress=False)
 
 
 def test_r0_needs_rewards_with_a_gradient(tmp_path: Path, model_folder: Path) -> None:
@@ -870,6 +889,7 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
         ({"train_scales": 5}, r"train_scales is 5, but must lie in \[1, 4\]"),
         ({"train_scales": 2, "method": "find"}, "leave train_scales out, see find.prefix_scales"),
         ({"eval_features": "nowhere", "num_eval_prompts": 2}, "nowhere"),
+        ({"grpo": GRPOConfig(scale_rewards="beta_norm")}, r"is -1 to 0, but must lie in \[0, 1\]"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_the_first_step(

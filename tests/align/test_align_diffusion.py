@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -17,10 +18,20 @@ from torch import Tensor
 
 from nextscale.align import AlignConfig, align
 from nextscale.align.config import DiffusionSettings
+from nextscale.align.experience import Rollout, collect, sample_streams
 from nextscale.align.methods.b2 import B2, B2Config
+from nextscale.align.methods.d2o import D2OConfig
+from nextscale.align.methods.diffusion_nft import DiffusionNFT, DiffusionNFTConfig
 from nextscale.align.methods.dpo import DPO, DPOConfig
+from nextscale.align.methods.fdpg import FDPGConfig
 from nextscale.align.methods.grpo import GRPO, GRPOConfig
+from nextscale.align.methods.r0 import R0, R0Config
+from nextscale.align.methods.sibling import SiblingConfig
+from nextscale.align.objectives import diffusion_nft_loss
 from nextscale.align.policies.diffusion import DiffusionPolicy
+from nextscale.align.prompts import Prompt
+from nextscale.align.references import Given
+from nextscale.align.rewards import open_reward
 from nextscale.errors import UserError
 
 # Its annotations do not know what its pipelines take.
@@ -70,7 +81,11 @@ def log(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "method", ["grpo", "dpo", "raft", "b2", "dragon", "diffusion_nft", "r0", "seppo"]
+    "method",
+    [
+        *("grpo", "dpo", "raft", "b2", "dragon", "diffusion_nft", "r0", "seppo"),
+        *("d2o", "reg_grpo", "fdpg", "sibling"),
+    ],
 )
 def test_every_method_trains_a_pipeline_that_diffusers_opens(
     tmp_path: Path, pipeline_folder: Path, method: str
@@ -78,6 +93,13 @@ def test_every_method_trains_a_pipeline_that_diffusers_opens(
     small: dict[str, Any] = {"train_batch_size": 1} if method in ("dpo", "raft", "dragon") else {}
     if method == "seppo":
         small = {"prompts": ("examples:scenes",)}
+    if method in ("d2o", "reg_grpo"):  # a batch of groups
+        small = {"train_batch_size": 1, "gradient_accumulation_steps": 1}
+    small |= {
+        "sibling": {"sibling": SiblingConfig(steps=(1,), loss=GRPOConfig(epsilon=1e-4))},
+        "d2o": {"d2o": D2OConfig(alpha=1.0)},
+        "fdpg": {"fdpg": FDPGConfig(loss=GRPOConfig(epsilon=1e-4))},
+    }.get(method, {})
     branches = B2Config(advantage="branch")
     config = settings(tmp_path / "run", pipeline_folder, method=method, b2=branches, **small)
     align(config, progress=False)
@@ -317,3 +339,81 @@ def test_a_scheduler_without_log_probability_is_said(tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path / "pipe")
     with pytest.raises(UserError, match=r"EulerDiscreteScheduler.*DDIMScheduler\.from_config"):
         align(settings(tmp_path / "run", tmp_path / "pipe"), progress=False)
+
+
+# ---- further methods -----------------------------------------------------------------------------
+
+
+def drawn_from(policy: DiffusionPolicy, reward: str = "brightness") -> Rollout:
+    """Two groups of four samples."""
+    prompts = [Prompt("a red circle", {}), Prompt("green", {})]
+    return collect(policy, [open_reward(reward)], prompts, 4, (0, 0))
+
+
+def test_diffusion_nft_measures_from_the_policy_that_drew(pipeline_folder: Path) -> None:
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(pipeline_folder)
+    policy = DiffusionPolicy(pipe, num_inference_steps=2)
+    method = DiffusionNFT(DiffusionNFTConfig(reference_weight=0.0), policy)
+    with torch.no_grad():
+        for p in policy.network.parameters():
+            p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(p.shape)))
+    experience = method.learn(drawn_from(policy))
+    rows = torch.arange(8)
+    share = experience.columns["share"]
+    assert 0 < float(share.min()) < 0.5 < float(share.max()) < 1
+    drew = copy.deepcopy(policy.network)
+    for step, moved in ((0, False), (3, False), (3, True)):
+        if moved:
+            with torch.no_grad():
+                next(policy.network.parameters()).mul_(1.5)
+        with torch.no_grad():
+            ((loss, _),) = method.losses(experience, rows, step, policy.network)
+            generators = sample_streams((0, 0, step), rows.tolist())
+            samples = experience.rollout.trajectory
+            new, old = (
+                policy.errors(samples, generators=generators, network=network)
+                for network in (policy.network, drew)
+            )
+        wanted = 5.0 * diffusion_nft_loss(new, old, share).mean()
+        torch.testing.assert_close(loss, wanted)
+        assert moved == (not torch.allclose(new, old))
+
+
+def test_diffusion_nft_is_pulled_to_its_reference(pipeline_folder: Path) -> None:
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(pipeline_folder)
+    other = copy.deepcopy(pipe.unet)
+    with torch.no_grad():
+        next(other.parameters()).mul_(1.5)
+    policy = DiffusionPolicy(pipe, num_inference_steps=2, reference=Given(other))
+    losses = {}
+    for weight in (0.0, 2.0):
+        method = DiffusionNFT(DiffusionNFTConfig(reference_weight=weight), policy)
+        experience = method.learn(drawn_from(policy))
+        with torch.no_grad():
+            ((loss, shown),) = method.losses(experience, torch.arange(8), 0, policy.network)
+        losses[weight] = float(loss)
+        if weight:
+            assert shown["reference/distance"] > 0
+            assert losses[2.0] - losses[0.0] == pytest.approx(
+                2 * shown["reference/distance"], rel=1e-4
+            )
+
+
+def test_the_gradient_of_a_reward_raises_it(pipeline_folder: Path) -> None:
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(pipeline_folder)
+    policy = DiffusionPolicy(pipe, num_inference_steps=3)
+    policy.network.requires_grad_(True)
+    method = R0(R0Config(last_steps=2), policy)
+    experience = method.learn(drawn_from(policy, "color:red"))
+    rows, found = torch.arange(8), []
+    for _ in range(2):  # the same noise: the same step
+        ((loss, shown),) = method.losses(experience, rows, 1, policy.network)
+        assert float(loss.detach()) == pytest.approx(-float(shown["redrawn/reward"]))
+        found.append(float(shown["redrawn/reward"]))
+        loss.backward()
+        with torch.no_grad():
+            for p in policy.network.parameters():
+                if p.grad is not None:
+                    p -= 0.05 * p.grad / p.grad.norm().clamp_min(1e-6)
+                    p.grad = None
+    assert found[1] > found[0]

@@ -78,6 +78,21 @@ def test_every_prompt_of_a_source_takes_its_turn_and_a_state_goes_on() -> None:
 # ---- constraints ---------------------------------------------------------------------------------
 
 
+def test_a_curriculum_forgets_what_is_long_ago() -> None:
+    known = prompts(taught=1, other=1)
+    curriculum = Curriculum(known)
+    curriculum.draw(64, 0, 0)
+    sides = []
+    for past in (5.0, 0.0):  # 300 gains count, and then none of the older ones
+        curriculum.update(known[:1] * 300, [past] * 300)
+        curriculum.update(known[:1] * 299, [1.0] * 299)
+        before = curriculum.probabilities()
+        curriculum.update(known[:1], [1.0])
+        sides.append((before, curriculum.probabilities()))
+    assert not torch.equal(sides[0][0], sides[1][0])
+    assert torch.equal(sides[0][1], sides[1][1])
+
+
 def test_a_missed_threshold_gains_weight_and_a_met_one_loses_it() -> None:
     rule = Lagrangian([1.0, 0.5, 0.0], [math.nan, 0.8, 0.2], rate=0.5)
     rule.update([5.0, 0.6, 0.9])
@@ -117,6 +132,25 @@ def test_thresholds_that_do_not_fit(
 
 
 # ---- preferences ---------------------------------------------------------------------------------
+
+
+def test_the_reward_of_preferences_is_the_share_of_the_group_that_is_beaten() -> None:
+    row = MISC["spo"]
+    matrix = torch.tensor(row["pref"], dtype=torch.float64)
+
+    class Given:
+        name = "given"
+
+        def compare(self, images: Tensor, _: Any) -> Tensor:
+            rows = images[:, 0, 0, 0].long()
+            return matrix[rows][:, rows]
+
+    images = torch.arange(5.0)[:, None, None, None].expand(-1, 3, 1, 1)
+    order = torch.tensor([3, 0, 4, 1, 2])
+    groups = torch.zeros(5, dtype=torch.long)
+    found = pairwise_column(Given(), images[order], [""] * 5, groups)
+    wanted = torch.tensor(row["reward"], dtype=found.dtype)
+    torch.testing.assert_close(found, wanted[order], rtol=1e-6, atol=1e-7)
 
 
 def test_a_reward_as_preferences_keeps_its_order() -> None:

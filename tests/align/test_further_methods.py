@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from nextscale.align.methods.grpo import GRPO
 from nextscale.align.methods.grpo_config import GRPOConfig
 from nextscale.align.methods.nft import NFT, NFTConfig
 from nextscale.align.methods.reg_grpo import RegGRPO, RegGRPOConfig
+from nextscale.align.methods.seppo import SePPO, SePPOConfig
 from nextscale.align.methods.sibling import Sibling, SiblingConfig
 from nextscale.align.objectives import (
     diffusion_nft_loss,
@@ -31,7 +33,7 @@ from nextscale.align.objectives import (
     reg_grpo_loss,
     seppo_loss,
 )
-from nextscale.align.prompts import Prompt
+from nextscale.align.prompts import DatasetPicture, Prompt
 from nextscale.align.trajectory import StepEval, Trajectory
 from nextscale.errors import UserError
 
@@ -470,3 +472,97 @@ def test_what_a_group_gives() -> None:
         (FDPG, FDPGConfig(), 8),
     ):
         assert method(settings, policy()).items_per_group(8) == count
+
+
+# ---- what a rollout becomes ----------------------------------------------------------------------
+
+
+def test_nft_takes_groups_of_both_verdicts_and_what_could_be_scored() -> None:
+    old = -1 - noise(8, 10).abs()
+    method = NFT(NFTConfig(threshold=1.0), Judged(old))  # pyright: ignore[reportArgumentType]
+    total = double([1.0, 0.5, 2.0, math.nan, 1.0, 1.0, 0.0, 0.0])
+    found = method.learn(rollout(old, total, [0, 0, 0, 0, 1, 1, 2, 2]))
+    assert found.weights.tolist() == [1, 1, 1, 0, 0, 0, 0, 0]
+    assert found.columns["right"][:3].tolist() == [1, 0, 1]
+    close(found.columns["share"][:3], [2 / 3] * 3)
+    assert found.metrics["samples/right"] == pytest.approx(4 / 7)
+
+
+def test_nft_may_weigh_hard_prompts_and_leaves_masked_units_out() -> None:
+    old, right, share = noise(2, 4), double([1.0, 0.0]), double([0.25, 0.25])
+    now = old + 0.1 * noise(2, 4, seed=1)
+    close(
+        nft_loss(now, old, right, share, weighted=True), float(3 * nft_loss(now, old, right, share))
+    )
+    mask = torch.tensor([[1, 1, 0, 0]] * 2).bool()
+    wanted = nft_loss(now[:, :2], old[:, :2], right, share)
+    close(nft_loss(now, old, right, share, mask), float(wanted))
+
+
+def test_d2o_learns_from_the_worst_of_a_group() -> None:
+    old = -1 - noise(8, 10).abs()
+    total = double([0.5, 0.1, 0.9, 0.1, math.nan, 0.4, 0.4, 0.4])
+    drawn = rollout(old, total, [0, 0, 0, 0, 1, 1, 1, 1])
+    found = D2O(D2OConfig(), Judged(old)).learn(drawn)  # pyright: ignore[reportArgumentType]
+    assert found.items.tolist() == [[1, 3, 0, 2], [5, 6, 7, 4]]
+    assert found.weights.tolist() == [1.0, 0.0]  # nothing is below the others, a NaN least of all
+    for limit, used in ((0.3, [1.0, 0.0]), (0.5, [1.0, 1.0]), (0.05, [0.0, 0.0])):
+        method = D2O(D2OConfig(threshold=limit), Judged(old))  # pyright: ignore
+        assert method.learn(drawn).weights.tolist() == used, limit
+
+
+def test_siblings_of_several_prompts_and_leaves_without_a_reward() -> None:
+    plain = GRPOConfig(scale_rewards="none")
+    method = Sibling(SiblingConfig(steps=(2,), siblings=2, loss=plain), policy())
+    total = double([0, 2, 4, 8, 10, 10, 20, math.nan])  # two prompts of two prefixes
+    found = method.advantages(total, torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]))
+    close(found[:, 0], [-2.5, -2.5, 2.5, 2.5, -5, -5, 5, 5])  # prefixes 1, 6 and 10, 20
+    close(found[:, 4], [-1, 1, -2, 2, 0, 0, 0, 0])
+
+
+def test_seppo_compares_each_sample_with_the_picture_of_its_prompt() -> None:
+    """Under one noise for both; by the policy that drew, no sample is liked better than before."""
+    asked: list[tuple[str, list[int], list[int]]] = []
+
+    class Pairs(Toy):
+        network = nn.Linear(1, 1)
+
+        def trajectory_of(self, images: Tensor, conditions: Any) -> Trajectory:
+            assert images.shape == (2, 3, 4, 4)
+            assert conditions[0].tolist() == [0, 2]  # the first of each group
+            return replace(drawn.trajectory.index([0, 2]), settings={"given": True})
+
+        def pair_score(self, side: Any, *, generators: Any, network: Any) -> tuple[Tensor, Tensor]:
+            rows = side.actions[0][:, 0].tolist()
+            states = [int(g.get_state().sum()) for g in generators]
+            asked.append(("given" if side.settings else "drawn", rows, states))
+            value = self.network.weight.double() * (2.0 if side.settings else 1.0)
+            return value.expand(len(rows), 10) / 10, torch.ones(len(rows), 10)
+
+    class Picture(DatasetPicture):
+        def __init__(self) -> None: ...
+
+        def load(self, resolution: int) -> np.ndarray:
+            return np.zeros((resolution, resolution, 3), dtype=np.uint8)
+
+    old = noise(4, 10)
+    drawn = rollout(old, double([0.0] * 4), [0, 0, 1, 1])
+    conditions = (torch.arange(4),)
+    trajectory = replace(drawn.trajectory, images=torch.zeros(4, 3, 4, 4), conditions=conditions)
+    drawn = replace(drawn, trajectory=trajectory, prompts=[Prompt("a", {"picture": Picture()})] * 4)
+    judge: Any = Pairs()
+    method = SePPO(SePPOConfig(beta=1.0, scale_weight="token"), judge)
+    experience = method.learn(drawn)
+    for name, rows, states in asked:
+        # sides of a pair: the picture of its group, and itself, under the same noise
+        assert rows == ([0, 0, 2, 2] if name == "given" else [0, 1, 2, 3])
+        assert len(set(states)) == 4
+    assert asked[0][2] == asked[1][2]
+    ((loss, shown),) = method.losses(experience, torch.arange(4), 0, nn.Identity())
+    close(loss, math.log(2))
+    assert shown["samples/good"] == 0
+    with torch.no_grad():
+        judge.network.weight += 0.5
+    ((loss, shown),) = method.losses(experience, torch.arange(4), 1, nn.Identity())
+    assert shown["samples/good"] == 1  # likelier than before: it counts as a given one
+    close(loss, math.log1p(math.exp(-1.5)), rtol=1e-6)

@@ -21,12 +21,13 @@ from nextscale.align.rewards.composition import Preference
 from nextscale.align.search import BestOf, GenARM, MGSelect, Search, TreeSearch
 from nextscale.align.search.search import Drawer
 from nextscale.cli import main
+from nextscale.data.images import to_uint8
 from nextscale.errors import UserError
 from nextscale.pipeline import NextScalePipeline, Request
 from nextscale.streams import candidate_seeds
 from nextscale.tokenizers import MultiscaleVQ
 from nextscale.var import NextScaleTransformer, SamplingConfig
-from nextscale.var.filtering import ImageDraws
+from nextscale.var.filtering import ImageDraws, filter_logits
 
 LABELS = [0, 1, 2, 3]
 
@@ -57,7 +58,9 @@ def test_one_sample_is_the_picture_without_search(name: str, pipe: NextScalePipe
     found = pipe(class_labels=LABELS, seed=5, output_type="pt", search=search)
     assert torch.equal(found.tokens, plain.tokens)
     torch.testing.assert_close(found.images, plain.images)
-    assert (search.cost.samples, search.cost.passes, search.cost.pictures) == (4, 4, 4)
+    first = 5 / 30 if name == "mg_select" else 0  # of the tokens, which are compared first
+    assert search.cost.passes == pytest.approx(4 + 4 * first)
+    assert (search.cost.samples, search.cost.pictures) == (4, 4)
 
 
 @pytest.mark.parametrize("name", ["best_of", "greedy"])
@@ -229,9 +232,14 @@ def test_mg_select_takes_what_the_prompt_decided(pipe: NextScalePipeline) -> Non
         if step.unconditional is not None:
             p, q = (x.log_softmax(-1) for x in (step.conditional, step.unconditional))
             apart.append(apart[-1] + (p.exp() * (p - q)).sum((1, 2)))
-    for scales, values in ((None, apart[-1]), (2, apart[1])):  # the first scale is not guided
-        found = pipe(class_labels=[1], seed=3, search=MGSelect(6, scales=scales)).tokens
+    # the first scale is not guided; by default two of four count
+    for scales, values in ((4, apart[-1]), (None, apart[1]), (3, apart[2])):
+        search = MGSelect(6, scales=scales)
+        found = pipe(class_labels=[1], seed=3, search=search).tokens
         assert torch.equal(found[0], tokens[values.argmax()])
+        compared = sum(pipe.transformer.schedule.lengths[: scales or 2])
+        assert search.cost.passes == pytest.approx(6 * compared / 30 + 1)
+    assert len({int(values.argmax()) for values in apart[1:]}) > 1
     with pytest.raises(UserError, match="guidance is off"):
         pipe(class_labels=[1], seed=3, guidance_scale=1.0, search=MGSelect(6))
     with pytest.raises(UserError, match="guidance is off"):
@@ -262,6 +270,23 @@ def test_another_model_weighs_the_tokens(
     assert not torch.equal(
         found.tokens, pipe(class_labels=LABELS, seed=5, guidance_scale=1.0).tokens
     )
+
+
+def test_temperature_holds_for_both_and_filters_for_the_base(
+    pipe: NextScalePipeline, build_model: Callable[..., NextScaleTransformer]
+) -> None:
+    model = build_model(seed=7)
+    settings: dict[str, Any] = {"guidance_scale": 1.0, "temperature": 0.7, "top_k": 5}
+    search = GenARM(NextScalePipeline(pipe.tokenizer, model), 0.5)
+    found = pipe(class_labels=LABELS, seed=5, search=search, **settings)
+    ids = pipe.transformer.conditioner.tokenize(LABELS)
+    inputs = pipe.tokenizer.teacher_inputs(found.tokens)
+    with torch.no_grad():
+        base = filter_logits(pipe.transformer(inputs, ids=ids) / 0.7, top_k=5, top_p=1.0)
+        logits = base + 0.5 * model(inputs, ids=ids) / 0.7
+    draws = ImageDraws(found.seeds, pipe.tokenizer.schedule.lengths)
+    for scale, where in enumerate(pipe.tokenizer.schedule.slices):
+        assert torch.equal(draws.tokens(scale, logits[:, where]), found.tokens[:, where])
 
 
 def test_a_judge_of_other_tokens_is_refused(
@@ -331,6 +356,48 @@ def test_generate_searches(
         assert main([*command, *wrong, "--output_dir", str(tmp_path / "x")]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("tree", "--search_reward", "brightness", "--search_steps", "1", "3"),
+        ("dts", "--search_reward", "brightness"),
+        ("mg_select",),
+        ("genarm", "--search_weight", "0.5", "--search_model"),
+    ],
+    ids=lambda flags: flags[0],
+)
+def test_every_search_draws_by_command_as_in_python(
+    pipe: NextScalePipeline,
+    build_model: Callable[..., NextScaleTransformer],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    flags: tuple[str, ...],
+) -> None:
+    judge = NextScalePipeline(pipe.tokenizer, build_model(seed=7))
+    pipe.save_pretrained(tmp_path / "model")
+    judge.save_pretrained(tmp_path / "judge")
+    brightness = open_reward("brightness")
+    search: dict[str, Any] = {
+        "tree": TreeSearch(brightness, 8, steps=(1, 3)),
+        "dts": TreeSearch(brightness, 8, greedy=False),
+        "mg_select": MGSelect(8),
+        "genarm": GenARM(judge, 0.5),
+    }
+    command = ["generate", "--model", str(tmp_path / "model"), "--class_labels", "0", "1"]
+    command += ["--seed", "3", "--dtype", "float32", "--quiet", "--search", *flags]
+    command += [str(tmp_path / "judge")] if flags[0] == "genarm" else []
+    assert main([*command, "--output_dir", str(tmp_path / "out")]) == 0
+    found = pipe(class_labels=[0, 1], seed=3, output_type="pt", search=search[flags[0]])
+    for number, image in enumerate(to_uint8(found.images)):
+        written = np.asarray(Image.open(tmp_path / "out" / f"00000{number}.png"))
+        assert np.array_equal(written, image.permute(1, 2, 0).numpy())
+    if flags[0] == "genarm":  # another judge of the same name
+        NextScalePipeline(pipe.tokenizer, build_model(seed=8)).save_pretrained(tmp_path / "judge")
+        (tmp_path / "out" / "000001.png").unlink()
+        assert main([*command, "--output_dir", str(tmp_path / "out"), "--resume"]) == 2
+        assert "weights" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

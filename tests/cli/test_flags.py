@@ -109,7 +109,7 @@ def test_the_flags_of_the_main_commands():
             "lora_scale",
             "start",
             *("search", "search_reward", "search_samples", "search_steps"),
-            *("search_model", "search_weight"),
+            *("search_model", "search_weight", "download"),
             *("num_inference_steps", "eta"),
             "control_image",
             "control_type",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from nextscale.align.methods.b2 import B2
 from nextscale.align.methods.d2o import D2O
 from nextscale.align.methods.diffusion_nft import DiffusionNFT
@@ -17,8 +20,9 @@ from nextscale.align.methods.raft import RAFT
 from nextscale.align.methods.reg_grpo import RegGRPO
 from nextscale.align.methods.seppo import SePPO
 from nextscale.align.methods.sibling import Sibling
+from nextscale.align.trajectory import Policy
 
-METHODS: dict[str, type[Method]] = {
+METHODS: dict[str, Callable[[Any, Policy], Method]] = {
     "grpo": GRPO,
     "dpo": DPO,
     "raft": RAFT,

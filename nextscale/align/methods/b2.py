@@ -20,7 +20,7 @@ from nextscale.align.advantages import group_advantages, group_moments, informat
 from nextscale.align.experience import Experience, Rollout
 from nextscale.align.methods.grpo import GRPO
 from nextscale.align.methods.grpo_config import GRPOConfig, check_nested
-from nextscale.align.methods.method import Loss, old_logps
+from nextscale.align.methods.method import Loss, Method, old_logps
 from nextscale.align.trajectory import Policy
 from nextscale.errors import UserError, require
 
@@ -73,7 +73,7 @@ class B2Config:
         check_nested("b2.loss", self.loss)
 
 
-class B2:
+class B2(Method):
     """GRPO's loss on the last steps of branches; see `B2Config`.
 
     Differences from the released code: prompts are drawn from any list, so that a prompt may have

@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from nextscale.align.experience import Experience, Rollout
-from nextscale.align.methods.method import Loss, grouped
+from nextscale.align.methods.method import Loss, Method, grouped
 from nextscale.align.objectives.d2o import d2o_loss
 from nextscale.align.trajectory import Policy
 from nextscale.align.units import trained_weights
@@ -38,7 +38,7 @@ class D2OConfig:
             require(name, getattr(self, name), getattr(self, name) > 0, "be above 0")
 
 
-class D2O:
+class D2O(Method):
     """`d2o_loss` of whole groups: the worst sample against all others; a batch counts groups.
 
     Differences from the paper, whose negatives are given: they are the model's own, and both
@@ -58,10 +58,6 @@ class D2O:
     def items_per_group(self, num_generations: int) -> int:
         """The group is one example."""
         return 1
-
-    def branch(self) -> tuple[()]:
-        """Samples of a group are independent."""
-        return ()
 
     def learn(self, rollout: Rollout) -> Experience:
         """Groups with the worst sample first; without one below the others they have weight 0."""

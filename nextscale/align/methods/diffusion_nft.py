@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nextscale.align.advantages import group_advantages, informative
 from nextscale.align.experience import Experience, Rollout, sample_streams
-from nextscale.align.methods.method import Loss
+from nextscale.align.methods.method import Loss, Method
 from nextscale.align.objectives.nft import diffusion_nft_loss
 from nextscale.align.references import FrozenCopy
 from nextscale.align.trajectory import Denoiser, Policy
@@ -37,7 +37,7 @@ class DiffusionNFTConfig:
             require(f"diffusion_nft.{name}", value, value >= least, f"be {least} or more")
 
 
-class DiffusionNFT:
+class DiffusionNFT(Method):
     """`diffusion_nft_loss` on noised final samples: no log-probabilities, so any sampler may draw.
 
     Each sample counts by r = (1 + clip(A / A_max, -1, 1)) / 2, A its advantage in the group, and
@@ -62,14 +62,6 @@ class DiffusionNFT:
         self.needs_reference = settings.reference_weight > 0
         self.old = FrozenCopy(policy.network).module
 
-    def items_per_group(self, num_generations: int) -> int:
-        """Every sample is an example."""
-        return num_generations
-
-    def branch(self) -> tuple[()]:
-        """Samples of a group are independent."""
-        return ()
-
     def learn(self, rollout: Rollout) -> Experience:
         """How good each sample is in its group; weight 0 without differences or a reward."""
         self.old.load_state_dict(self.policy.network.state_dict())
@@ -89,8 +81,10 @@ class DiffusionNFT:
         trajectory = experience.rollout.trajectory.index(rows)
         generators = sample_streams((*experience.rollout.key, step), examples.tolist())
         errors = policy.errors(trajectory, generators=generators, network=network)
-        with torch.no_grad():
-            old = policy.errors(trajectory, generators=generators, network=self.old)
+        old = errors.detach()
+        if step != experience.rollout.trajectory.model_version:
+            with torch.no_grad(), policy.precision():
+                old = policy.errors(trajectory, generators=generators, network=self.old)
         share = experience.columns["share"][rows]
         loss = diffusion_nft_loss(errors, old, share, beta=settings.beta)
         loss = settings.advantage_clip * loss

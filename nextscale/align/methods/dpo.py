@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nextscale.align.experience import Experience, Rollout, sample_streams
-from nextscale.align.methods.method import Loss, grouped
+from nextscale.align.methods.method import Loss, Method, grouped
 from nextscale.align.objectives.dpo import check_settings, dpo_loss, dpo_metrics
 from nextscale.align.trajectory import Policy, Trajectory
 from nextscale.align.units import trained_weights
@@ -67,7 +67,7 @@ class DPOConfig:
         require("dpo.pairs_per_group", self.pairs_per_group, self.pairs_per_group > 0, "be above 0")
 
 
-class DPO:
+class DPO(Method):
     """`dpo_loss` on pairs of samples.
 
     Args:
@@ -90,10 +90,6 @@ class DPO:
         limit = f"be at most half of num_generations {num_generations}"
         require("dpo.pairs_per_group", pairs, 2 * pairs <= num_generations, limit)
         return pairs
-
-    def branch(self) -> tuple[()]:
-        """Samples of a group are independent."""
-        return ()
 
     def learn(self, rollout: Rollout) -> Experience:
         """The best samples of each group and its worst; a pair within the margin has weight 0."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nextscale.align.experience import Experience, Rollout, sample_streams
 from nextscale.align.methods.dpo import DPO, DPOConfig
-from nextscale.align.methods.method import Loss
+from nextscale.align.methods.method import Loss, Method
 from nextscale.align.objectives.kto import kto_loss
 from nextscale.align.rewards import set_score
 from nextscale.align.rewards.distribution import FrechetReward, without_row
@@ -61,7 +61,7 @@ class DRAGONConfig:
             require(f"dragon.{name}", getattr(self, name), getattr(self, name) >= 0, "be 0 or more")
 
 
-class DRAGON:
+class DRAGON(Method):
     """`dpo_loss` or `kto_loss` on D+ and D-; see `DRAGONConfig`.
 
     Rewards of single pictures count by their mean over D+, set rewards by their value; with the
@@ -88,10 +88,6 @@ class DRAGON:
                 "use an even number"
             )
         return num_generations // 2
-
-    def branch(self) -> tuple[()]:
-        """Samples of a group are independent."""
-        return ()
 
     def learn(self, rollout: Rollout) -> Experience:
         """Split the rollout; pairs that cannot be scored, or are alike, have weight 0."""

@@ -15,7 +15,7 @@ from nextscale.align.advantages import group_moments, informative
 from nextscale.align.experience import Experience, Rollout
 from nextscale.align.methods.grpo import GRPO
 from nextscale.align.methods.grpo_config import GRPOConfig, check_nested
-from nextscale.align.methods.method import Loss, old_logps
+from nextscale.align.methods.method import Loss, Method, old_logps
 from nextscale.align.trajectory import Policy
 from nextscale.errors import require
 
@@ -70,7 +70,7 @@ def fdpg_rewards(
     return F.softplus(log_t) - log_t - math.log(2)
 
 
-class FDPG:
+class FDPG(Method):
     """GRPO's clipped loss with `fdpg_rewards`, centred in each group, as advantages.
 
     Differences from the paper: Z is estimated within each rollout, not by a moving average; the
@@ -86,14 +86,6 @@ class FDPG:
     def __init__(self, settings: FDPGConfig, policy: Policy) -> None:
         self.settings, self.policy = settings, policy
         self.objective = GRPO(settings.loss, policy)
-
-    def items_per_group(self, num_generations: int) -> int:
-        """Every sample is an example."""
-        return num_generations
-
-    def branch(self) -> tuple[()]:
-        """Samples of a group are independent."""
-        return ()
 
     def learn(self, rollout: Rollout) -> Experience:
         """Advantages from rewards and from where the policy already is."""

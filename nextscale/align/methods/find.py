@@ -18,7 +18,7 @@ from nextscale.align.advantages import group_advantages, informative
 from nextscale.align.experience import Experience, Rollout
 from nextscale.align.methods.grpo import GRPO
 from nextscale.align.methods.grpo_config import GRPOConfig, check_nested
-from nextscale.align.methods.method import Loss, old_logps
+from nextscale.align.methods.method import Loss, Method, old_logps
 from nextscale.align.starts import Space
 from nextscale.align.trajectory import Policy, Trajectory
 from nextscale.errors import require
@@ -88,7 +88,7 @@ class FINDConfig:
             require(f"find.{name}", value, value in allowed, f"be one of {names}")
 
 
-class FIND:
+class FIND(Method):
     """GRPO's loss on starts; see `FINDConfig`.
 
     Differences from the released code, which pairs the newest start with the oldest reward of its
@@ -100,8 +100,6 @@ class FIND:
         settings: See there.
         policy: A StartPolicy.
     """
-
-    needs_reference = False
 
     def __init__(self, settings: FINDConfig, policy: Policy) -> None:
         self.settings, self.policy = settings, policy

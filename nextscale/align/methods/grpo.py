@@ -24,10 +24,11 @@ from nextscale.align.advantages import (
 from nextscale.align.experience import Experience, Rollout
 from nextscale.align.methods.covariance import covariances, highest, random_between
 from nextscale.align.methods.grpo_config import GRPOConfig
-from nextscale.align.methods.method import Loss, old_logps
+from nextscale.align.methods.method import Loss, Method, old_logps
 from nextscale.align.objectives.grpo import BY_SAMPLE, aggregate, grpo_loss, grpo_metrics
 from nextscale.align.objectives.kl import k2
-from nextscale.align.rewards.reward import call, numbers
+from nextscale.align.prompts import Prompt
+from nextscale.align.rewards.reward import AnyReward, CheckedReward, call, numbers
 from nextscale.align.trajectory import Policy, StepEval
 from nextscale.align.units import trained_weights, unit_steps
 from nextscale.errors import UserError, require
@@ -39,7 +40,7 @@ TokenMask = Callable[[Float[Tensor, "b 3 H W"], Sequence[str | int]], Float[Tens
 """Pictures in [0, 1] and their prompts -> weight of every unit."""
 
 
-class GRPO:
+class GRPO(Method):
     """The policy gradient of `grpo_loss` on groups of samples.
 
     Args:
@@ -83,6 +84,23 @@ class GRPO:
             last = policy.num_steps - 1
             fits = 0 < settings.vmr_scale <= last
             require("grpo.vmr_scale", settings.vmr_scale, fits, f"lie in [1, {last}]")
+
+    def check(
+        self, prompts: Sequence[Prompt], rewards: Sequence[tuple[AnyReward, float]], mode: str
+    ) -> None:
+        """Refuse rewards that are known to leave what beta_norm takes; see `Method.check`."""
+        if self.settings.scale_rewards != "beta_norm" or mode != "sum":
+            return
+        used = [(reward, weight) for reward, weight in rewards if weight]
+        known = [(w, *r.range) for r, w in used if isinstance(r, CheckedReward)]
+        low, high = (sum(pick(w * a, w * b) for w, a, b in known) for pick in (min, max))
+        unknown = len(known) < len(used) or not (math.isfinite(low) and math.isfinite(high))
+        require(
+            "the range of the weighted rewards, for scale_rewards beta_norm,",
+            f"{low:g} to {high:g}",
+            unknown or (low >= 0 and high <= 1),
+            "lie in [0, 1]; change reward_weights",
+        )
 
     def items_per_group(self, num_generations: int) -> int:
         """Every sample is an example."""

@@ -2,44 +2,60 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nextscale.align.experience import Experience, Rollout
-from nextscale.align.trajectory import Policy
+from nextscale.align.prompts import Prompt
+from nextscale.align.rewards.reward import AnyReward
 from nextscale.errors import UserError
 
 Loss = tuple[Tensor, Mapping[str, float | Tensor]]
 
 
-class Method(Protocol):
+class Method(ABC):
     """A way to learn from scored samples. If it has a `state_dict`, that is in the checkpoints.
 
     Attributes:
         needs_reference: Whether the policy must have a reference.
-        items_per_group: Examples that one group of a rollout gives.
+        needs_rewards: Whether rewards teach; otherwise they are only measured.
     """
 
-    needs_reference: bool
+    needs_reference: bool = False
+    needs_rewards: bool = True
 
-    def __init__(self, settings: Any, policy: Policy) -> None: ...
+    def check(
+        self, prompts: Sequence[Prompt], rewards: Sequence[tuple[AnyReward, float]], mode: str
+    ) -> None:
+        """Refuse what it cannot learn from, before anything is drawn.
+
+        Args:
+            prompts: All that may be drawn.
+            rewards: With their weights.
+            mode: How they are combined.
+
+        Raises:
+            UserError: Says which.
+        """
+        return
 
     def items_per_group(self, num_generations: int) -> int:
-        """Examples that a group of a rollout gives; the data of a step are counted in these."""
-        ...
+        """Examples that a group of a rollout gives, by which data are counted: its samples."""
+        return num_generations
 
     def branch(self) -> Sequence[tuple[int, int]]:
-        """Where rollouts branch, and into how many siblings, level by level; see `collect`."""
-        ...
+        """Where samples of a rollout branch, and into how many: nowhere; see `collect`."""
+        return ()
 
+    @abstractmethod
     def learn(self, rollout: Rollout) -> Experience:
         """Choose examples, and compute what depends on the whole rollout."""
-        ...
 
+    @abstractmethod
     def losses(
         self, experience: Experience, examples: Int[Tensor, " n"], step: int, network: nn.Module
     ) -> Iterator[Loss]:
@@ -51,7 +67,6 @@ class Method(Protocol):
             step: Optimizer step, for the streams of noise.
             network: The wrapped module of the training loop.
         """
-        ...
 
 
 def old_logps(rollout: Rollout) -> Float[Tensor, "b u"]:

@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from nextscale.align.experience import Experience, Rollout
-from nextscale.align.methods.method import Loss, old_logps
+from nextscale.align.methods.method import Loss, Method, old_logps
 from nextscale.align.objectives.nft import nft_loss
 from nextscale.align.trajectory import Policy
 from nextscale.align.units import trained_weights
@@ -31,7 +31,7 @@ class NFTConfig:
     """Exponent of power."""
 
 
-class NFT:
+class NFT(Method):
     """`nft_loss` on the samples of a group, of which some must be right and some wrong.
 
     Left out of the paper: nothing of the loss; its data, mathematics, is another one. For diffusion
@@ -45,21 +45,11 @@ class NFT:
         UserError: For diffusion.
     """
 
-    needs_reference = False
-
     def __init__(self, settings: NFTConfig, policy: Policy) -> None:
         if policy.kind == "gaussian":
             raise UserError("method nft needs likelihoods of tokens; for diffusion: diffusion_nft")
         self.settings, self.policy = settings, policy
         self.weights = trained_weights(policy, settings.scale_weight, settings.scale_weight_alpha)
-
-    def items_per_group(self, num_generations: int) -> int:
-        """Every sample is an example."""
-        return num_generations
-
-    def branch(self) -> tuple[()]:
-        """Samples of a group are independent."""
-        return ()
 
     def learn(self, rollout: Rollout) -> Experience:
         """Verdicts and their share in each group; groups of one verdict have weight 0."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,9 +10,10 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from nextscale.align.experience import Experience, Rollout, sample_streams
-from nextscale.align.methods.method import Loss
+from nextscale.align.methods.method import Loss, Method
+from nextscale.align.prompts import Prompt
 from nextscale.align.rewards import combine
-from nextscale.align.rewards.reward import CheckedReward
+from nextscale.align.rewards.reward import AnyReward, CheckedReward
 from nextscale.align.trajectory import Policy, Redrawing
 from nextscale.errors import UserError, require
 
@@ -34,7 +35,7 @@ class R0Config:
         require("r0.weight_decay_to_start", pull, pull >= 0, "be 0 or more")
 
 
-class R0:
+class R0(Method):
     """Rewards by their own gradient (R0, arXiv 2503.13070; DRaFT-K, arXiv 2309.17400).
 
     The first steps of a rollout stay, and the last ones are drawn again with a gradient.
@@ -52,8 +53,6 @@ class R0:
         UserError: If the policy cannot draw with a gradient, or not so many steps.
     """
 
-    needs_reference = False
-
     def __init__(self, settings: R0Config, policy: Policy) -> None:
         if not isinstance(policy, Redrawing):
             raise UserError("method r0 trains generators, not starts")
@@ -64,28 +63,21 @@ class R0:
         trained = [p for p in policy.network.parameters() if p.requires_grad]
         self.began = [p.detach().clone() for p in trained] if settings.weight_decay_to_start else []
 
-    def items_per_group(self, num_generations: int) -> int:
-        """Every sample is an example."""
-        return num_generations
-
-    def branch(self) -> tuple[()]:
-        """Samples of a group are independent."""
-        return ()
-
-    def learn(self, rollout: Rollout) -> Experience:
-        """All samples.
-
-        Raises:
-            UserError: If a reward has no gradient, or what is made of several.
-        """
-        for weight, reward in zip(rollout.weights, rollout.scored_by, strict=True):
+    def check(
+        self, prompts: Sequence[Prompt], rewards: Sequence[tuple[AnyReward, float]], mode: str
+    ) -> None:
+        """Refuse rewards without a gradient; see `Method.check`."""
+        for reward, weight in rewards:
             if weight and not (isinstance(reward, CheckedReward) and reward.differentiable):
                 raise UserError(
                     f'method r0 needs rewards with a gradient, and "{reward.name}" has none; '
                     "brightness, color and classifier do, and as_reward(..., differentiable=True)"
                 )
-        if rollout.mode == "majority":
+        if mode == "majority":
             raise UserError("reward_mode majority has no gradient: method r0 takes sum or min")
+
+    def learn(self, rollout: Rollout) -> Experience:
+        """All samples."""
         items = torch.arange(len(rollout.total), device=rollout.total.device)[:, None]
         return Experience(rollout, items, torch.ones_like(rollout.total))
 

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from nextscale.align.experience import Experience, Rollout, sample_streams
-from nextscale.align.methods.method import Loss, grouped
+from nextscale.align.methods.method import Loss, Method, grouped
 from nextscale.align.trajectory import Policy
 from nextscale.align.units import trained_weights
 from nextscale.errors import require
@@ -41,7 +41,7 @@ class RAFTConfig:
         require("raft.score", self.score, known, "be pair or policy")
 
 
-class RAFT:
+class RAFT(Method):
     """-log pi of the best samples: exact, or the noised surrogate of diffusion.
 
     Differs from the paper: groups whose rewards are all equal are left out, and the likelihood of
@@ -51,8 +51,6 @@ class RAFT:
         settings: See there.
         policy: What is trained.
     """
-
-    needs_reference = False
 
     def __init__(self, settings: RAFTConfig, policy: Policy) -> None:
         self.settings, self.policy = settings, policy
@@ -64,10 +62,6 @@ class RAFT:
         limit = f"be at most num_generations {num_generations}"
         require("raft.top_k", self.settings.top_k, self.settings.top_k <= num_generations, limit)
         return self.settings.top_k
-
-    def branch(self) -> tuple[()]:
-        """Samples of a group are independent."""
-        return ()
 
     def learn(self, rollout: Rollout) -> Experience:
         """The best samples of each group; groups without differences teach nothing."""

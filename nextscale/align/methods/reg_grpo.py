@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nextscale.align.advantages import group_advantages, informative
 from nextscale.align.experience import Experience, Rollout
-from nextscale.align.methods.method import Loss, old_logps
+from nextscale.align.methods.method import Loss, Method, old_logps
 from nextscale.align.objectives.regression import reg_grpo_loss
 from nextscale.align.trajectory import Policy
 from nextscale.align.units import trained_weights
@@ -36,7 +36,7 @@ class RegGRPOConfig:
         require("beta", self.beta, self.beta > 0, "be above 0")
 
 
-class RegGRPO:
+class RegGRPO(Method):
     """`reg_grpo_loss` of whole groups, which are the examples: a batch counts groups.
 
     Left out of the paper: prompts made easier or harder by the rewards that they got.
@@ -46,8 +46,6 @@ class RegGRPO:
         policy: What is trained.
     """
 
-    needs_reference = False
-
     def __init__(self, settings: RegGRPOConfig, policy: Policy) -> None:
         self.settings, self.policy = settings, policy
         self.weights = trained_weights(policy, settings.scale_weight, settings.scale_weight_alpha)
@@ -55,10 +53,6 @@ class RegGRPO:
     def items_per_group(self, num_generations: int) -> int:
         """The group is one example."""
         return 1
-
-    def branch(self) -> tuple[()]:
-        """Samples of a group are independent."""
-        return ()
 
     def learn(self, rollout: Rollout) -> Experience:
         """Advantages; groups without differences, or with unscorable samples, have weight 0."""

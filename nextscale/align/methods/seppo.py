@@ -11,9 +11,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nextscale.align.experience import Experience, Rollout, sample_streams
-from nextscale.align.methods.method import Loss, grouped
+from nextscale.align.methods.method import Loss, Method, grouped
 from nextscale.align.objectives import seppo_loss
 from nextscale.align.prompts import DatasetPicture, Prompt
+from nextscale.align.rewards.reward import AnyReward
 from nextscale.align.trajectory import Policy, Trajectory, map_rows
 from nextscale.align.units import trained_weights
 from nextscale.errors import UserError, require
@@ -39,7 +40,7 @@ class SePPOConfig:
         require("seppo.beta", self.beta, self.beta is None or self.beta > 0, "be above 0")
 
 
-class SePPO:
+class SePPO(Method):
     """`seppo_loss` of each sample against the picture that came with its prompt.
 
     Prompts are of examples:DATASET. Rewards are only measured. Left out of the paper: the bank of
@@ -55,20 +56,18 @@ class SePPO:
         policy: What is trained.
     """
 
-    needs_reference = False
+    needs_rewards = False
 
     def __init__(self, settings: SePPOConfig, policy: Policy) -> None:
         self.settings, self.policy = settings, policy
         self.beta = settings.beta or (5000.0 if policy.kind == "gaussian" else 0.1)
         self.weights = trained_weights(policy, settings.scale_weight, settings.scale_weight_alpha)
 
-    def items_per_group(self, num_generations: int) -> int:
-        """Every sample is an example."""
-        return num_generations
-
-    def branch(self) -> tuple[()]:
-        """Samples of a group are independent."""
-        return ()
+    def check(
+        self, prompts: Sequence[Prompt], rewards: Sequence[tuple[AnyReward, float]], mode: str
+    ) -> None:
+        """Refuse prompts without a picture; see `Method.check`."""
+        check_pictures(prompts)
 
     def learn(self, rollout: Rollout) -> Experience:
         """Scores of samples and given pictures by the policy that drew; all samples count."""

@@ -14,7 +14,7 @@ from nextscale.align.advantages import group_advantages, informative, soft_mean
 from nextscale.align.experience import Experience, Rollout
 from nextscale.align.methods.grpo import GRPO
 from nextscale.align.methods.grpo_config import GRPOConfig, check_nested
-from nextscale.align.methods.method import Loss, old_logps
+from nextscale.align.methods.method import Loss, Method, old_logps
 from nextscale.align.trajectory import Policy
 from nextscale.align.units import unit_steps
 from nextscale.errors import UserError, require
@@ -42,7 +42,7 @@ class SiblingConfig:
         check_nested("sibling.loss", self.loss)
 
 
-class Sibling:
+class Sibling(Method):
     """GRPO's loss with the advantage of each node among the children of its parent.
 
     Next-scale: a level of the tree is one scale or several. Left out of the paper: the expansion of

@@ -103,7 +103,7 @@ class DiffusionPolicy:
         self.pipe, self.calls = pipe, PipelineCalls(pipe, settings)
         self.autocast, self.batch_size = autocast, batch_size
         self.averaged, self.baseline = logp_reduction == "mean", reference
-        with evaluating(self.network), self._precision():
+        with evaluating(self.network), self.precision():
             self.plan: CallPlan = self.calls.plan()
         self.transitions: Transitions = (
             FlowTransitions.of(pipe.scheduler, noise_level)
@@ -217,7 +217,7 @@ class DiffusionPolicy:
         if len(generators) != rows:
             raise UserError(f"{len(generators)} generators for {rows} samples")
         parts = []
-        with evaluating(self.network), self._precision():
+        with evaluating(self.network), self.precision():
             for begin in range(0, rows, self.batch_size):
                 part = slice(begin, begin + self.batch_size)
                 few = tuple({name: value[part] for name, value in b.items()} for b in conditions)
@@ -429,7 +429,8 @@ class DiffusionPolicy:
         std = self.transitions.std(step)
         return gaussian_log_prob(value, mean, std, self.settings["logp_reduction"])
 
-    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+    def precision(self) -> contextlib.AbstractContextManager[Any]:
+        """Autocast as rollouts are drawn; see `Denoiser.precision`."""
         if self.autocast is None:
             return contextlib.nullcontext()
         device = next(self.network.parameters()).device

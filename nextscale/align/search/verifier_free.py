@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -11,19 +13,23 @@ from nextscale.errors import UserError, require
 from nextscale.pipeline import NextScalePipeline, Request
 from nextscale.streams import candidate_seeds
 
+_ROUNDING = 1e-3  # nats
+
 
 class MGSelect:
     """The sample whose tokens the prompt decided most (MG-Select, arXiv 2510.05681).
 
-    Of N samples the one with the largest sum over tokens of KL(p(. | c) || p(. | no prompt)), where
-    the second side is the unconditional one that guidance computes anyway, so that it costs
-    nothing. Differences from the paper, whose second side has masked inputs. Next-scale models
-    only: a denoising step has no distribution over tokens, and its two noise predictions are of
-    unit scale at every step, whatever the prompt decided.
+    Of N samples the one with the largest sum of KL(p(. | c) || p(. | no prompt)) over the tokens of
+    the first scales, after which it is drawn again and finished: the others cost the share of those
+    scales, which hold few tokens. Differences from the paper: the second side is the unconditional
+    one that guidance computes anyway, not one of masked inputs. Next-scale models only: a denoising
+    step has no distribution over tokens, and its two noise predictions are of unit scale at every
+    step, whatever the prompt decided.
 
     Args:
         num_samples: N.
-        scales: Only the first so many scales count; None: all where guidance is on.
+        scales: Only the first so many scales count, where guidance is on; None: the first half.
+            The last ones, which hold most tokens, tell less (docs/generate.md).
     """
 
     def __init__(self, num_samples: int = 8, *, scales: int | None = None) -> None:
@@ -49,6 +55,8 @@ class MGSelect:
         seeds = candidate_seeds(request.seeds, count)
         negative = request.negative_ids
         order = torch.arange(rows, device=pipe.device).repeat_interleave(count)
+        lengths = pipe.transformer.schedule.lengths
+        scales = min(self.scales or max(1, len(lengths) // 2), len(lengths))
         steps = pipe.stream(
             request.ids.repeat_interleave(count, 0),
             request.settings,
@@ -56,21 +64,30 @@ class MGSelect:
             negative_ids=None if negative is None else negative.repeat_interleave(count, 0),
             controls=[control[order] for control in request.controls],
         )
-        parts, found, step = [], [], None
-        for step in steps:
-            parts.append(step.tokens)
-            counted = self.scales is None or step.scale < self.scales
-            if counted and step.unconditional is not None:
+        found = []
+        for step in islice(steps, scales):
+            if step.unconditional is not None:
                 p, q = (x.log_softmax(-1) for x in (step.conditional, step.unconditional))
                 found.append((p.exp() * (p - q)).sum(dim=(1, 2)))
-        if not found or step is None:
+        if not found:
             raise UserError(
                 "MG-Select compares what guidance computes, and guidance is off at the scales that "
                 "count: raise guidance_scale (linear guidance begins at the second scale)"
             )
-        best = torch.stack(found).sum(0).view(-1, count).argmax(1)
-        kept = torch.arange(rows, device=best.device) * count + best
+        values = torch.stack(found).sum(0).view(-1, count)
+        ties = values >= values.amax(1, keepdim=True) - _ROUNDING  # equal beginnings have one value
+        best = ties.int().argmax(1)
+        chosen = [seeds[row * count + number] for row, number in enumerate(best.tolist())]
+        final = list(
+            pipe.stream(
+                request.ids,
+                request.settings,
+                seeds=chosen,
+                negative_ids=negative,
+                controls=request.controls,
+            )
+        )
         self.cost.samples += len(seeds)
-        self.cost.passes += len(seeds)
+        self.cost.passes += len(seeds) * sum(lengths[:scales]) / sum(lengths) + rows
         self.cost.pictures += rows
-        return torch.cat(parts, dim=1)[kept], pipe.decode(step.f_hat[kept])
+        return torch.cat([step.tokens for step in final], dim=1), pipe.decode(final[-1].f_hat)
