@@ -2,11 +2,11 @@
 
     python benchmarks/alignment_table.py --suite table
 
-Suites: `table` compares all methods on the checker, `further` five later ones beside
-GRPO; `sparse` compares B2-DiffuRL and GRPO on all statements or nothing; `sets` trains on
-properties of sets, and on single pictures for comparison; `find` trains starts, for known captions
-or any, for more and more rollouts; `diffusion` compares the methods on the pipeline of `nextscale
-train diffusion --config scenes-diffusion`, by the bytes of a JPEG.
+Suites: `table` compares all methods on the checker, `further` five later ones beside GRPO and
+`others` those that are left; `sparse` compares B2-DiffuRL and GRPO on all statements or nothing;
+`sets` trains on properties of sets, and on single pictures for comparison; `find` trains starts,
+for known captions or any, for more and more rollouts; `diffusion` compares the methods on the
+pipeline of `nextscale train diffusion --config scenes-diffusion`, by the bytes of a JPEG.
 
 Each row is a shipped recipe, cut to --rollouts rollouts of 192 pictures at a constant learning
 rate; each run is a process of its own, for its peak memory. Measured on benchmark captions before
@@ -14,8 +14,8 @@ and after with equal seeds, drawn as rollouts are: at temperature 1 and without 
 candidates. Runs that are in the results are not run again, nor are those in --output_dir: an
 interrupted series goes on. `--rows` and `--seeds` choose. Writes
 benchmarks/results/alignment_SUITE.json, and the rollouts' rewards against samples drawn as
-docs/images/alignment_SUITE.png (but for `sets`; of `find` what is measured after them); `table`
-and `further` also print themselves as Markdown.
+docs/images/alignment_SUITE.png (but for `sets`; of `find` what is measured after them); `table`,
+`further` and `others` also print themselves as Markdown.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import shutil
 import statistics
@@ -58,6 +59,8 @@ DRAGON = "--config dragon-scenes --dragon.credit leave_one_out --num_prompts 192
 LARGE = "--num_prompts 96 --num_train_prompts 64"
 FURTHER = f"--config grpo-scenes {RATE} --gradient_accumulation_steps 2"  # two steps a rollout:
 # in the first one, on policy, KL-Cov is GRPO and Reg-GRPO a multiple of it
+ONE_STEP = "--max_train_steps 24"  # a rollout
+TWO_STEPS = ("further", "others")
 SETS = f"{RATE} --prompts CAPTIONS --eval_prompts HELD_OUT "
 SETS += "--reward_funcs frechet_pixels:EXEMPLARS@1 frechet_pixels_instance:EXEMPLARS@1 vendi "
 SETS += "--reward_weights"
@@ -81,6 +84,19 @@ SUITES: dict[str, dict[str, str]] = {
         "--reg_grpo.scale_weight scale",
         "f-DPG": f"{FURTHER} --method fdpg --fdpg.loss.scale_weight scale",
         "KL-Cov": f"{FURTHER} --method grpo --grpo.covariance kl",
+    },
+    "others": {
+        "BNPO": f"{FURTHER} --grpo.scale_rewards beta_norm --reward_weights 0.5 0.5",
+        "OBLR-PO's baseline": f"{FURTHER} --grpo.baseline score_norm",
+        "GBPO": f"{FURTHER} --grpo.loss_type gbpo --grpo.baseline median --grpo.scale_rewards none",
+        "MDPO": f"{FURTHER} --grpo.loss_type mdpo",
+        "Clip-Cov": f"{FURTHER} --grpo.covariance clip",
+        "SPO": f"{FURTHER} --reward_funcs preference:checker_statements checker "
+        "--reward_weights 1 0",
+        "DUMP": f"{FURTHER} --curriculum dump",
+        "D2O": f"--config d2o-scenes {RATE} {ONE_STEP}",
+        "RPO": f"--config rpo-scenes {RATE} {ONE_STEP}",
+        "SePPO": f"{FURTHER} --method seppo --prompts examples:scenes",
     },
     "sparse": {"GRPO": f"--config grpo-scenes {RATE} {VERDICT}", "B2-DiffuRL": f"{B2} {VERDICT}"},
     "sets": {  # six rollouts of 768 pictures, and four updates on each
@@ -133,7 +149,7 @@ def flags_of(row: str, seed: int, options: argparse.Namespace) -> list[str]:
         shared |= {
             "lr_scheduler": "constant",
             "lr_warmup_steps": 5,
-            "max_train_steps": options.rollouts * (2 if options.suite == "further" else 1),
+            "max_train_steps": options.rollouts * (2 if options.suite in TWO_STEPS else 1),
             "temperature": 1.0,
             "model": str(Path(options.output_dir, "model")),
         }
@@ -283,19 +299,19 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, str]:
 
 
 def markdown(rows: dict[str, Any]) -> str:
-    """The suite `table` as docs/align.md has it: means over seeds, differences of each."""
+    """As docs/align.md has it: means over seeds, differences of each."""
     head = "| | seeds | rollouts, last half | `hard` | difference, each seed | `standard` | Vendi "
     lines = [f"{head}| `fd_scenes`, `hard` | nats | minutes | MB |", "|---" * 11 + "|"]
-    base = next(iter(rows["base"]["runs"].values()))
-    first = next(iter(rows["GRPO"]["runs"].values()))
     half = "last_half/rewards/checker/mean"
-    before = [100 * base[half], 100 * first["hard/checker/before"]]
-    before += [100 * first["standard/checker/before"]]
-    vendi, distance = (first[f"hard/{k}/before"] for k in ("vendi_within_prompt", "fd_scenes"))
-    lines.append(
-        f"| base | | {before[0]:.1f} | {before[1]:.1f} | | {before[2]:.1f} | {vendi:.3f} "
-        f"| {distance:.1f} | 0 | | |"
-    )
+    if "base" in rows:
+        base, first = (next(iter(rows[name]["runs"].values())) for name in ("base", "GRPO"))
+        before = [100 * base[half], 100 * first["hard/checker/before"]]
+        before += [100 * first["standard/checker/before"]]
+        vendi, distance = (first[f"hard/{k}/before"] for k in ("vendi_within_prompt", "fd_scenes"))
+        lines.append(
+            f"| base | | {before[0]:.1f} | {before[1]:.1f} | | {before[2]:.1f} | {vendi:.3f} "
+            f"| {distance:.1f} | 0 | | |"
+        )
     for name, row in rows.items():
         if name == "base":
             continue
@@ -307,7 +323,7 @@ def markdown(rows: dict[str, Any]) -> str:
             differences.append(f"{change:+.1f} ({low:.1f} to {high:.1f})")
 
         def mean(key: str, runs: list[dict[str, Any]] = runs) -> float:
-            return statistics.mean(run[key] for run in runs)
+            return statistics.mean(run.get(key, math.nan) for run in runs)
 
         lines.append(
             f"| {name} | {len(runs)} | {100 * mean(half):.1f} "
@@ -371,7 +387,8 @@ def main() -> None:
                 rows=table,
             )
     table = earlier(output)
-    if options.suite in ("table", "further") and {"base", "GRPO"} <= set(table):
+    printed = options.suite == "others" or {"base", "GRPO"} <= set(table)
+    if options.suite in ("table", "further", "others") and printed:
         print(markdown(table))
     picture = Path(options.plot or f"docs/images/alignment_{options.suite}.png")
     if options.suite == "find":
