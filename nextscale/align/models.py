@@ -17,7 +17,7 @@ from nextscale.align.config import AlignConfig
 from nextscale.align.prompts import Condition, Controlled
 from nextscale.align.references import AdapterOff, FrozenCopy
 from nextscale.align.trajectory import Policy
-from nextscale.errors import UserError, missing_extra
+from nextscale.errors import UserError, missing_extra, require
 from nextscale.pipeline import NextScalePipeline
 from nextscale.streams import image_stream, stream
 from nextscale.training.session import resolve_precision
@@ -247,6 +247,17 @@ class DiffusionModel:
             network.requires_grad_(True)
         if config.gradient_checkpointing:
             network.enable_gradient_checkpointing()
+
+    def adapt_guidance(self, threshold: float | None) -> None:
+        """Adaptive guidance of all that is drawn from here on; see `DiffusionPolicy`."""
+        require(
+            "guidance_threshold",
+            threshold,
+            threshold is None or 0 <= threshold <= 1,
+            "lie in [0, 1]",
+        )
+        for drawer in (self.policy, self._drawer):
+            drawer.guidance_threshold = threshold  # pyright: ignore[reportAttributeAccessIssue]
 
     @property
     def resolution(self) -> tuple[int, int]:

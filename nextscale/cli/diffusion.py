@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _READ = {
     *("prompts", "prompt", "prompt_file", "class_labels", "num_images", "seed", "output_dir"),
     *("overwrite", "batch_size", "guidance_scale", "num_inference_steps", "eta"),
+    "guidance_threshold",
     *("model", "revision", "local_files_only"),
     *(field.name for field in fields(SearchFlags)),
 }
@@ -93,6 +94,7 @@ def generate(config: GenerateConfig, folder: Path, output: Output) -> dict[str, 
     )
     model = open_model(settings)
     assert isinstance(model, DiffusionModel)
+    model.adapt_guidance(config.guidance_threshold)
     kind = "text" if model.num_classes is None else "class"
     files = ModelFiles(folder, {}, {"kind": kind, "num_classes": model.num_classes})
     given = read_conditions(config, files)
@@ -185,7 +187,7 @@ def _write(
 def _facts(config: GenerateConfig) -> dict[str, Any]:
     """What every PNG of the run says about itself."""
     searched = {f.name: getattr(config, f.name) for f in fields(SearchFlags)}
-    guidance = {"guidance_scale": config.guidance_scale}
+    guidance = {n: getattr(config, n) for n in ("guidance_scale", "guidance_threshold")}
     return {
         "model": config.model, **config.diffusion(), **guidance,
         **(searched if config.search else {}),

@@ -19,7 +19,7 @@ class SamplingFlags:
     """Guidance is off from this scale on (0 is the first)."""
     guidance_threshold: float | None = None
     """Adaptive guidance: a picture goes on without it once it moves the distributions by no more
-    than this, total variation in [0, 1]."""
+    than this, total variation in [0, 1]; of diffusers pipelines 1 - cosine of the predictions."""
     top_k: int | None = None
     """Keep this many most likely codes; 0 is off."""
     top_p: float | None = None

@@ -136,7 +136,7 @@ def test_sum_is_the_mean_times_the_dimensions() -> None:
 # ---- independence ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["sd", "flux"])
+@pytest.mark.parametrize("name", ["sd", "flux", "flux-guided"])
 def test_batch_size_and_order_change_nothing(name: str) -> None:
     policy = policy_of(name)
     conditions = policy.encode(PROMPTS)
@@ -576,3 +576,63 @@ def test_what_is_redrawn_is_a_picture_of_the_policy_with_a_gradient(name: str) -
     assert not torch.equal(other, pictures)
     again = policy.redraw(trajectory, 4, generators=streams(3, 4))
     assert torch.equal(other, again)
+
+
+# ---- adaptive guidance ---------------------------------------------------------------------------
+
+
+def raw(policy: DiffusionPolicy, latents: Tensor, step: int, conditions: Any) -> list[Tensor]:
+    """Both predictions of a step."""
+    times = torch.full((len(latents),), policy.plan.times[step], dtype=policy.plan.time_dtype)
+    dtype, blocks = policy.calls.network.dtype, range(len(policy.plan.weights[0]))
+    with torch.no_grad():
+        return policy.plan.outputs(policy.network, dtype, latents, times, conditions, list(blocks))
+
+
+@pytest.mark.parametrize("name", ["sd", "sd3", "dit", "flux-guided"])
+def test_guidance_ends_sample_by_sample(name: str) -> None:
+    """The one whose predictions are alike goes on by the conditional one, the others as ever."""
+    policy = policy_of(name)
+    plain = drawn(policy, 0, 1, 2)
+    assert plain.start is not None
+    conditions = plain.conditions
+    one, other = (side.flatten(1) for side in raw(policy, plain.start, 0, conditions))
+    gaps = 1 - torch.cosine_similarity(one, other)
+    least, following = gaps.sort().values[:2].tolist()
+    alike = int(gaps.argmin())
+    policy.guidance_threshold = (least + following) / 2
+    found = drawn(policy, 0, 1, 2)
+    torch.testing.assert_close(found.actions[0], plain.actions[0])
+    before = plain.actions[0]
+    sides = raw(policy, before, 1, conditions)
+    weights, flag = policy.plan.weights[1], policy.stochastic[1]
+    guided, alone = (
+        policy.transitions.mean(1, before, output, flag)
+        for output in (
+            sum(w * side for w, side in zip(weights, sides, strict=True)),
+            sum(weights) * sides[policy.plan.conditional],
+        )
+    )
+    moved = found.actions[1] - plain.actions[1]  # the noise is the same
+    wanted = torch.zeros_like(moved)
+    wanted[alike] = (alone - guided)[alike]
+    torch.testing.assert_close(moved, wanted, rtol=1e-4, atol=1e-4)
+    assert float(wanted.abs().max()) > 1e-3
+    parts = [
+        policy.sample([{k: v[i : i + 1] for k, v in b.items()} for b in conditions],
+                      generators=streams(i)) for i in range(3)
+    ]  # fmt: skip
+    together = torch.cat([part.actions[-1] for part in parts])
+    torch.testing.assert_close(together, found.actions[-1], rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match="depend on what was drawn"):
+        policy.evaluate(found)
+
+
+def test_guidance_that_never_ends_and_none_are_as_ever() -> None:
+    for name in ("sd", "flux"):  # with guidance, and without
+        policy = policy_of(name)
+        plain = drawn(policy, 0, 1, 2)
+        policy.guidance_threshold = 0.0
+        assert torch.equal(drawn(policy, 0, 1, 2).actions[-1], plain.actions[-1])
+    with pytest.raises(UserError, match=r"lie in \[0, 1\]"):
+        policy_of("sd", guidance_threshold=2.0)

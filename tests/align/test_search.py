@@ -424,6 +424,8 @@ def test_generate_searches_by_diffusion(
 
     plain = light("plain")
     assert light("again") == plain
+    assert light("always", "--guidance_threshold", "0") == plain
+    assert light("once", "--guidance_threshold", "1") != plain
     one = light("one", "--search", "best_of", *reward, "--search_samples", "1")
     for name in ("best_of", "tree"):
         best = light(name, "--search", name, *reward, "--search_samples", "4")

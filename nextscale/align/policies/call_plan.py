@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from nextscale.errors import UserError
@@ -84,6 +85,45 @@ class CallPlan:
         blocks = list(range(len(weights)))
         outputs = self.outputs(network, dtype, latents, times, conditions, blocks)
         return torch.stack([w * o for w, o in zip(weights, outputs, strict=True)]).sum(0)
+
+    def adaptive(
+        self,
+        network: nn.Module,
+        dtype: torch.dtype,
+        latents: Float[Tensor, "b ..."],
+        step: int,
+        conditions: Sequence[Block],
+        guided: Bool[Tensor, " b"],
+        threshold: float,
+    ) -> tuple[Float[Tensor, "b ..."], Bool[Tensor, " b"]]:
+        """`guided` for some samples alone: adaptive guidance (arXiv 2312.12487).
+
+        Args:
+            network: See `outputs`.
+            dtype: See `outputs`.
+            latents: One row per sample.
+            step: Which.
+            conditions: All blocks.
+            guided: Samples with guidance; the others get the conditional output.
+            threshold: Of 1 - cosine of the two outputs.
+
+        Returns:
+            What the scheduler would get, and the samples whose outputs differ by more than the
+            threshold: those that are guided at the next step.
+        """
+        weights, found, stay = self.weights[step], torch.empty_like(latents).float(), guided.clone()
+        for rows, blocks in ((guided, list(range(len(weights)))), (~guided, [self.conditional])):
+            if not bool(rows.any()):
+                continue
+            few = [{name: value[rows] for name, value in c.items()} for c in conditions]
+            times = torch.full((int(rows.sum()),), self.times[step], dtype=self.time_dtype)
+            outputs = self.outputs(network, dtype, latents[rows], times, few, blocks)
+            used = weights if len(outputs) == len(weights) else (sum(weights),)
+            found[rows] = torch.stack([w * o for w, o in zip(used, outputs, strict=True)]).sum(0)
+            if len(outputs) == 2:
+                one, other = (output.flatten(1) for output in outputs)
+                stay[rows] = 1 - F.cosine_similarity(one, other) > threshold
+        return found, stay
 
     def outputs(
         self,

@@ -68,6 +68,9 @@ class DiffusionPolicy:
         autocast: Precision of sampling; None: that of the weights. Evaluation runs in the
             precision of the network that it is given.
         batch_size: Samples drawn or decoded at once.
+        guidance_threshold: Adaptive guidance (arXiv 2312.12487): a sample goes on without it once
+            1 - cosine of its two predictions is no more than this, 0.009 in the paper; a branch
+            begins with guidance. For drawing alone. None: off.
 
     Raises:
         UserError: If the scheduler's steps have no log-probability, or if the pipeline does
@@ -90,12 +93,15 @@ class DiffusionPolicy:
         reference: Reference | None = None,
         autocast: torch.dtype | None = None,
         batch_size: int = 16,
+        guidance_threshold: float | None = None,
     ) -> None:
         require("num_inference_steps", num_inference_steps, num_inference_steps > 0, "be above 0")
         require("eta", eta, 0 < eta <= 1, "lie in (0, 1]")
         require("noise_level", noise_level, noise_level > 0, "be above 0")
         known = logp_reduction in ("mean", "sum")
         require("logp_reduction", logp_reduction, known, "be mean or sum")
+        fits = guidance_threshold is None or 0 <= guidance_threshold <= 1
+        require("guidance_threshold", guidance_threshold, fits, "lie in [0, 1]")
         flow = _is_flow(pipe)
         settings = {"num_inference_steps": num_inference_steps, **(call or {})}
         if guidance_scale is not None:
@@ -103,6 +109,7 @@ class DiffusionPolicy:
         self.pipe, self.calls = pipe, PipelineCalls(pipe, settings)
         self.autocast, self.batch_size = autocast, batch_size
         self.averaged, self.baseline = logp_reduction == "mean", reference
+        self.guidance_threshold = guidance_threshold
         with evaluating(self.network), self.precision():
             self.plan: CallPlan = self.calls.plan()
         self.transitions: Transitions = (
@@ -224,24 +231,39 @@ class DiffusionPolicy:
                 mine = generators[part]
                 start = self.calls.start(self.plan, mine) if latents is None else latents[part]
                 actions, logps = [], []
+                guided = torch.ones(len(start), dtype=torch.bool, device=start.device)
                 for step in range(first, self.num_steps):
                     before = actions[-1] if actions else start
-                    drawn, logp = self._step(before, step, few, mine, flags[step])
+                    mean, guided = self._adaptive_mean(before, step, few, flags[step], guided)
+                    drawn, logp = self._step(mean, step, mine, flags[step])
                     actions.append(drawn)
                     logps.append(logp)
                 parts.append(self._trajectory(few, actions, logps, flags, start))
         return Trajectory.cat(parts)
 
-    def _step(
+    def _adaptive_mean(
         self,
         latents: Tensor,
         step: int,
         conditions: tuple[Block, ...],
+        stochastic: bool,
+        guided: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Mean of a step, and the samples that are guided at the next one."""
+        if self.guidance_threshold is None:
+            return self._mean(self.network, latents, step, conditions, stochastic), guided
+        given = (self.network, self.calls.network.dtype, latents, step, conditions)
+        output, guided = self.plan.adaptive(*given, guided, self.guidance_threshold)
+        return self.transitions.mean(step, latents, output, stochastic), guided
+
+    def _step(
+        self,
+        mean: Tensor,
+        step: int,
         generators: Sequence[torch.Generator],
         stochastic: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Latents after a step, and their log-probability."""
-        mean = self._mean(self.network, latents, step, conditions, stochastic)
+        """Latents after a step of this mean, and their log-probability."""
         if not stochastic:
             return mean, mean.new_zeros(len(mean))
         noise = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators])
@@ -283,6 +305,7 @@ class DiffusionPolicy:
         memory until the gradient is taken: ask for few steps at a time. There is no entropy. KL is
         per dimension with logp_reduction "mean", and joint with "sum".
         """
+        self._check_judged()
         self._check_same(trajectory)
         wanted = range(self.num_steps) if steps is None else sorted(set(steps))
         inside = all(0 <= step < self.num_steps for step in wanted) and len(wanted) > 0
@@ -373,6 +396,7 @@ class DiffusionPolicy:
         network: nn.Module | None = None,
     ) -> Float[Tensor, "b 3 H W"]:
         """With guidance, as rollouts are drawn; see `Redrawing.redraw`."""
+        self._check_judged()
         self._check_same(trajectory)
         judge = self.network if network is None else network
         first = self.num_steps - last
@@ -435,6 +459,13 @@ class DiffusionPolicy:
             return contextlib.nullcontext()
         device = next(self.network.parameters()).device
         return torch.autocast(device.type, self.autocast)
+
+    def _check_judged(self) -> None:
+        if self.guidance_threshold is not None:
+            raise UserError(
+                "guidance_threshold makes guidance depend on what was drawn, which "
+                "log-probabilities would not see: leave it out"
+            )
 
     def _check_same(self, trajectory: Trajectory) -> None:
         """Log-probabilities under other settings than those of the draw would be no ratio."""

@@ -106,8 +106,10 @@ class PipelineCalls:
         for call in calls:
             for first in range(0, len(call.sample), count):
                 part = slice(first, first + count)
-                names = plan.rows[len(blocks)]
-                blocks.append({name: call.arguments[name][part].clone() for name in names})
+                given = {name: call.arguments[name][part] for name in plan.rows[len(blocks)]}
+                # Flux gives one row for a single negative prompt, and lets the network repeat it.
+                repeats = {name: count if len(value) == 1 else 1 for name, value in given.items()}
+                blocks.append({n: v.repeat_interleave(repeats[n], 0) for n, v in given.items()})
         return tuple(blocks)
 
     def start(

@@ -1,0 +1,165 @@
+"""Search and adaptive guidance on a diffusion pipeline.
+
+    nextscale train diffusion --config scenes-diffusion --output_dir runs/scenes-diffusion
+    python benchmarks/search_diffusion.py
+
+`standard` captions with equal seeds, 20 DDIM steps, guidance 4. Adaptive guidance: without noise,
+until the cosine of a picture's two predictions passes 1 - threshold (`guidance_threshold`), beside
+fewer steps of the same sampler, which save evaluations too. Search: with noise (eta 1), the best of
+N and tree search by the share of true statements; costs in samples with all their steps, of which a
+branch computes those behind it. Writes benchmarks/results/search_diffusion.json and
+docs/images/search_diffusion.png, and prints Markdown; rows in the results are not drawn again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline  # pyright: ignore
+from record import earlier, save_record
+from torch import nn
+
+from nextscale.align.policies.diffusion import DiffusionPolicy
+from nextscale.align.rewards import open_reward
+from nextscale.align.search import BestOf, TreeSearch
+from nextscale.data.benchmark import load_benchmark
+from nextscale.data.checker import check_batch, wilson_interval
+from nextscale.data.images import to_uint8
+from nextscale.data.sources import open_source
+from nextscale.eval import evaluate
+from nextscale.eval.feature_network import small_features
+from nextscale.streams import image_stream
+
+STEPS = 20
+THRESHOLDS = (0.0025, 0.005, 0.009, 0.02, 0.05, 0.1)  # 0.009: the paper's
+SHORTER = (10, 12, 15, 17)  # steps, all of them guided
+BUDGETS = (1, 2, 4, 8, 16)
+AT_ONCE = 50
+REFERENCES = 5000  # true pictures
+SHARED: dict[str, Any] = {
+    "guidance_scale": 4.0, "autocast": torch.bfloat16, "batch_size": AT_ONCE,
+}  # fmt: skip
+
+
+def guided(pipe: Any, steps: int, threshold: float | None, captions: list[str]) -> dict[str, Any]:
+    """Evaluations, verdicts and fd_scenes of deterministic pictures."""
+    policy = DiffusionPolicy(
+        pipe, num_inference_steps=steps, guidance_threshold=threshold, **SHARED
+    )
+    count = 0
+
+    def counted(network: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        nonlocal count
+        count += len(named["sample"] if "sample" in named else given[0])
+
+    handle = policy.network.register_forward_pre_hook(counted, with_kwargs=True)
+    streams = [image_stream(i) for i in range(len(captions))]
+    drawn = policy.sample(policy.encode(captions), generators=streams, deterministic=True)
+    handle.remove()
+    pixels = to_uint8(policy.decode(drawn)).permute(0, 2, 3, 1).numpy()
+    data = open_source("scenes", resolution=64, split="validation", num_images=REFERENCES)
+    true = data.load(np.arange(REFERENCES)).images.permute(0, 2, 3, 1).numpy()
+    network = small_features("scenes-features", device="cpu")
+    found = evaluate(pixels, true, network=network, metrics=["fd_scenes"])["metrics"]
+    (distance,) = found.values()
+    return {
+        **_verdicts(pixels, captions),
+        "evaluations": count / len(captions),
+        "fd_scenes": distance["value"],
+    }
+
+
+def searched(policy: DiffusionPolicy, name: str, count: int, captions: list[str]) -> dict[str, Any]:
+    """Cost and verdicts of what a search chose."""
+    make = {"best": BestOf, "tree": TreeSearch}[name]
+    search, parts = make(open_reward("checker_statements"), count), []
+    for start in range(0, len(captions), AT_ONCE):
+        own = captions[start : start + AT_ONCE]
+        chosen = search.on(policy, own, list(range(start, start + len(own))))
+        parts.append(to_uint8(policy.decode(chosen)).permute(0, 2, 3, 1).numpy())
+    found = _verdicts(np.concatenate(parts), captions)
+    return {**found, "passes": search.cost.passes / len(captions)}
+
+
+def _verdicts(pixels: np.ndarray, captions: list[str]) -> dict[str, Any]:
+    reports = check_batch(pixels, captions)
+    right = sum(report.holds for report in reports)
+    return {
+        "accuracy": right / len(captions),
+        "interval": list(wilson_interval(right, len(captions))),
+        "statements": sum(report.score for report in reports) / len(reports),
+    }
+
+
+def plot(table: dict[str, Any], path: Path) -> None:
+    """Both curves, side by side."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for kind in ("best", "tree"):
+        rows = [table[f"{kind}, {n}"] for n in BUDGETS]
+        left.plot(
+            [row["passes"] for row in rows], [100 * row["accuracy"] for row in rows],
+            marker="o", label=f"{kind}, checker",
+        )  # fmt: skip
+    left.set(xlabel="samples of all steps, each picture", ylabel="right, %", xscale="log")
+    left.set_xticks(BUDGETS, [str(n) for n in BUDGETS])
+    for kind, label in (("threshold", "adaptive guidance"), ("steps", "fewer steps")):
+        rows = [row for name, row in table.items() if name.startswith(kind)]
+        points = sorted((row["evaluations"], 100 * row["accuracy"]) for row in rows)
+        right.plot(*zip(*points, strict=True), marker="o", label=label)
+    right.set(xlabel="evaluations of the network, each picture", ylabel="right, %")
+    for axes in (left, right):
+        axes.legend(fontsize="small")
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="runs/scenes-diffusion/model")
+    parser.add_argument("--prompts", type=int, default=500, help="of guidance; search takes 200")
+    parser.add_argument("--output", default="benchmarks/results/search_diffusion.json")
+    parser.add_argument("--plot", default="docs/images/search_diffusion.png")
+    options = parser.parse_args()
+    pipe = DiffusionPipeline.from_pretrained(options.model)
+    pipe.set_progress_bar_config(disable=True)
+    assert isinstance(pipe.scheduler, DDIMScheduler)
+    captions, output = load_benchmark("standard")[: options.prompts], Path(options.output)
+    command = "python benchmarks/search_diffusion.py"
+    command += f" --model {options.model} --prompts {options.prompts}"
+    table = earlier(output, command=command)
+    rows = {f"steps {n}": (n, None) for n in (STEPS, *SHORTER)}
+    rows |= {f"threshold {t:g}": (STEPS, t) for t in THRESHOLDS}
+    jobs = {
+        name: lambda given=given: guided(pipe, *given, captions) for name, given in rows.items()
+    }
+    noisy = DiffusionPolicy(pipe, num_inference_steps=STEPS, **SHARED)
+    for kind in ("best", "tree"):
+        for n in BUDGETS:
+            jobs[f"{kind}, {n}"] = lambda kind=kind, n=n: searched(noisy, kind, n, captions[:200])
+    for name, job in jobs.items():
+        if name not in table:
+            table[name] = job()
+            print(name, json.dumps(table[name]), flush=True)
+            save_record(output, command, "diffusers", rows=table)
+    for name, row in table.items():
+        low, high = row["interval"]
+        cost = row.get("evaluations", row.get("passes", math.nan))
+        print(
+            f"| {name} | {cost:.2f} | {100 * row['accuracy']:.1f} % "
+            f"| {100 * low:.1f} to {100 * high:.1f} | {100 * row['statements']:.1f} % "
+            f"| {row.get('fd_scenes', math.nan):.2f} |"
+        )
+    plot(table, Path(options.plot))
+
+
+if __name__ == "__main__":
+    main()
