@@ -41,7 +41,7 @@ Rows = tuple[int, Callable[[int], dict[str, Any]]]
 def rows(judge: NextScalePipeline | None, itself: NextScalePipeline) -> dict[str, Rows]:
     """Name -> number of samples, and the call's settings, made anew for each row.
 
-    GenARM's single samples cost two; with the model itself as judge it only sharpens.
+    GenARM's single samples stand under two; with the model itself as judge it only sharpens.
     """
     checker, clip = open_reward("checker_statements"), open_reward("clip")
     makers: dict[str, Callable[[int], dict[str, Any]]] = {

@@ -255,11 +255,13 @@ def test_another_model_weighs_the_tokens(
     model = build_model(seed=7)
     judge = NextScalePipeline(pipe.tokenizer, model)
     plain = pipe(class_labels=LABELS, seed=5, output_type="pt")
-    off = pipe(class_labels=LABELS, seed=5, output_type="pt", search=GenARM(judge, 0.0))
-    assert torch.equal(off.tokens, plain.tokens)
+    off = GenARM(judge, 0.0)
+    base = pipe(class_labels=LABELS, seed=5, output_type="pt", search=off)
+    assert torch.equal(base.tokens, plain.tokens)
     mixed = GenARM(judge, 0.5)
     found = pipe(class_labels=LABELS, seed=5, guidance_scale=1.0, output_type="pt", search=mixed)
-    assert (mixed.cost.samples, mixed.cost.passes) == (4, 8)
+    assert (mixed.cost.samples, mixed.cost.passes) == (4, 8)  # without guidance both cost the same
+    assert off.cost.passes == pytest.approx(4 * (1 + 30 / (1 + 2 * 29)))
     ids = pipe.transformer.conditioner.tokenize(LABELS)
     inputs = pipe.tokenizer.teacher_inputs(found.tokens)
     with torch.no_grad():

@@ -60,8 +60,11 @@ class GenARM:
         negative, ids = request.negative_ids, base.condition(request.ids)
         other = None if negative is None else base.condition(negative)
         steps = list(sample(base, pipe.tokenizer, ids, settings, draw=weigh, negative=other))
+        guidance = settings.guidance(base.schedule.num_scales)
+        rows = zip(base.schedule.lengths, guidance, strict=True)
+        own = sum(length * (1 if scale == 1 else 2) for length, scale in rows)
         self.cost.samples += len(request.seeds)
-        self.cost.passes += 2 * len(request.seeds)
+        self.cost.passes += len(request.seeds) * (1 + base.schedule.num_tokens / own)
         self.cost.pictures += len(request.seeds)
         return torch.cat([step.tokens for step in steps], dim=1), pipe.decode(steps[-1].f_hat)
 

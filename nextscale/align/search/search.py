@@ -28,9 +28,10 @@ class Cost:
 
     Attributes:
         samples: Leaves, each a finished picture that was judged.
-        passes: Transformer evaluations in units of one sample drawn by itself: shares of the
-            tokens (or denoising steps) that were computed. A kept prefix counts each time that
-            samples go on from it, once for all that do so together; latents are kept for nothing.
+        passes: Transformer evaluations in units of one sample drawn by itself with its guidance:
+            shares of the tokens (or denoising steps) that were computed. A kept prefix counts each
+            time that samples go on from it, once for all that do so together; latents are kept for
+            nothing.
         pictures: Chosen.
     """
 
