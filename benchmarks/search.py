@@ -41,7 +41,7 @@ Rows = tuple[int, Callable[[int], dict[str, Any]]]
 def rows(judge: NextScalePipeline | None, itself: NextScalePipeline) -> dict[str, Rows]:
     """Name -> number of samples, and the call's settings, made anew for each row.
 
-    GenARM's single samples stand under two; with the model itself as judge it only sharpens.
+    With the model itself as judge GenARM only sharpens.
     """
     checker, clip = open_reward("checker_statements"), open_reward("clip")
     makers: dict[str, Callable[[int], dict[str, Any]]] = {
@@ -59,7 +59,7 @@ def rows(judge: NextScalePipeline | None, itself: NextScalePipeline) -> dict[str
     found |= {f"{name}, {n}": (n, make) for name, make in makers.items() for n in BUDGETS}
     for name, model in (("itself", itself), ("judge", judge)):
         for weight in WEIGHTS if model is not None else ():
-            found[f"GenARM, {name} x {weight:g}, 2"] = (2, partial(_genarm, model, weight))
+            found[f"GenARM, {name} x {weight:g}, 1"] = (1, partial(_genarm, model, weight))
     return found
 
 

@@ -109,14 +109,14 @@ def plot(table: list[dict[str, float]], tells: dict[str, list[float]], path: Pat
 
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    scales = range(1, len(table) + 1)
+    scales = range(len(table))
     for key, label in (("stays_right", "a right picture"), ("becomes_right", "a wrong picture")):
         left.plot(scales, [100 * row[key] for row in table], marker="o", label=label)
-    left.set(xlabel="redrawn from this scale on", ylabel="right afterwards, %", ylim=(0, 100))
+    left.set(xlabel="scales kept, the others redrawn", ylabel="right afterwards, %", ylim=(0, 100))
     for name, values in tells.items():
-        right.plot(scales, values, marker="o", label=COLUMNS[name])
+        right.plot([scale + 1 for scale in scales], values, marker="o", label=COLUMNS[name])
     right.axhline(0.5, color="gray", linewidth=0.8)
-    right.set(xlabel="known after this scale", ylabel="pairs told", ylim=(0.4, 1.02))
+    right.set(xlabel="scales drawn", ylabel="pairs told", ylim=(0.4, 1.02))
     for axes in (left, right):
         axes.legend(fontsize="small")
         axes.grid(alpha=0.3)
@@ -141,7 +141,7 @@ def main() -> None:
     for scale, row in enumerate(table):
         shown = " | ".join(f"{values[scale]:.2f}" for values in tells.values())
         print(
-            f"| {scale + 1} | {100 * row['kept']:.0f} % | {100 * row['stays_right']:.0f} % "
+            f"| {scale} | {100 * row['kept']:.0f} % | {100 * row['stays_right']:.0f} % "
             f"| {100 * row['becomes_right']:.0f} % | {shown} |"
         )
     plot(table, tells, Path(options.plot))

@@ -517,6 +517,13 @@ class NextScalePipeline:
                 "candidate of it"
             )
         self.given_scales(start)
+        if search is not None and (isinstance(search, type) or not callable(search)):
+            raise UserError(
+                f"search is {search!r}; it takes an object such as BestOf(open_reward('clip'), 8), "
+                "from nextscale.align.search and nextscale.align.rewards"
+            )
+        if search is not None and num_candidates not in (None, 1):
+            raise UserError("search takes the place of num_candidates: leave one of them out")
         if search is not None and (start is not None or return_scales or callback is not None):
             raise UserError("search takes no start, return_scales or callback; leave them out")
         asked = self._asked(prompt, class_labels, num_images_per_prompt) if search else []

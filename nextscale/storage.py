@@ -481,6 +481,12 @@ def check_model(folder: Path) -> Path:
             raise UserError(f"{folder} is a LoRA: pass its base as the model and this as --lora.")
         if (folder / "model" / MODEL_INDEX).exists():
             raise UserError(f"{folder} is a training run; its model is {folder / 'model'}.")
+        own = folder / "config.json"
+        if own.exists() and read_json(own).get("class") == "ControlModule":
+            raise UserError(
+                f"{folder} is a control module: pass its base as the model and this as --control."
+            )
+        raise UserError(f"{folder} is no model: it has no {MODEL_INDEX}. A model's folder has one.")
     read_config(folder / MODEL_INDEX, 1, "NextScalePipeline")
     return folder
 

@@ -78,7 +78,7 @@ class Online:
                 warn_of_small_sets(reward, pictures // 2 if config.method == "dragon" else pictures)
         every = config.checkpointing_steps
         self.checkpointing_steps = every and math.ceil(every / self.steps) * self.steps
-        self.number, self.experience, self.scored = -1, None, False
+        self.number, self.experience, self.scored, self.warned = -1, None, False, False
         self.trend = RewardTrend()
         self.curriculum = self.lagrangian = None
         if config.curriculum is not None:
@@ -135,7 +135,7 @@ class Online:
         assert self.experience is not None
         metrics = self.experience.metrics
         parts = self.method.losses(self.experience, batch, step, modules["policy"])
-        for loss, values in parts:
+        for loss, values in _checked(self.method, parts):
             yield "policy", loss, {**metrics, **values}
             metrics = {}
 
@@ -167,7 +167,9 @@ class Online:
             self.trend.update(self.number, metrics["reward"])  # the mean of comparisons never moves
         metrics |= self._adapt(rollout, metrics)
         with torch.no_grad():
-            experience = self._kept(self.method.learn(rollout))
+            experience = self.method.learn(rollout)
+            _check_experience(self.method, experience, self.config.num_prompts * self.each)
+            experience = self._kept(experience)
             experience = self._old_logps(experience, network)
         return replace(experience, metrics={**metrics, **experience.metrics})
 
@@ -193,6 +195,14 @@ class Online:
         useful = experience.weights.view(-1, self.each).amax(1) > 0
         order = torch.argsort(useful.logical_not().long(), stable=True)[: self.groups]
         rows = (order[:, None] * self.each + torch.arange(self.each, device=order.device)).flatten()
+        if not bool(useful.any()) and not self.warned:
+            self.warned = True
+            logger.warning(
+                "none of the %d groups of a rollout teaches anything: rewards, or what the method "
+                "makes of them, do not differ within any. Choose other prompts, a finer reward, "
+                "other settings of the method, or more varied samples",
+                len(useful),
+            )
         shown = {"groups/useful": float(useful.float().mean())}
         return replace(
             experience,
@@ -233,6 +243,40 @@ class Online:
         chunks = [[step] for step in range(policy.num_steps)] if gaussian else [None]
         found = [policy.evaluate(part, chunk, network=network).logp.detach() for chunk in chunks]
         return torch.cat(found, dim=1)
+
+
+def _check_experience(method: Method, found: Any, rows: int) -> None:
+    """What `learn` of someone's own method returned.
+
+    Raises:
+        UserError: Says what it must be.
+    """
+    name = f"{type(method).__name__}.learn"
+    if not isinstance(found, Experience):
+        raise UserError(f"{name} returns a {type(found).__name__}; it must return an Experience")
+    if found.items.ndim != 2 or len(found.items) != rows or found.weights.shape != (rows,):
+        raise UserError(
+            f"{name}: items {list(found.items.shape)}, weights {list(found.weights.shape)}; they "
+            f"must be [{rows}, k] and [{rows}], items_per_group rows for every group of the rollout"
+        )
+
+
+def _checked(method: Method, parts: Any) -> Iterator[tuple[Tensor, Mapping[str, Any]]]:
+    """What `losses` yields, checked."""
+    name, empty = f"{type(method).__name__}.losses", True
+    if not isinstance(parts, Iterator):
+        raise UserError(f"{name} returns a {type(parts).__name__}; it must yield (loss, metrics)")
+    for part in parts:
+        empty = False
+        pair = isinstance(part, tuple) and len(part) == 2 and isinstance(part[0], Tensor)
+        if not pair or not isinstance(part[1], Mapping):
+            raise UserError(f"{name} yields {type(part).__name__}; it must yield (loss, metrics)")
+        if part[0].ndim or not part[0].requires_grad:
+            how = "has no gradient" if not part[0].ndim else f"has shape {list(part[0].shape)}"
+            raise UserError(f"{name}: a loss {how}; it must be one number with a gradient")
+        yield part
+    if empty:
+        raise UserError(f"{name} yields nothing; it must yield (loss, metrics)")
 
 
 class Offline:

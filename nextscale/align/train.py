@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,8 @@ def align(
             name in `reward_funcs` or `held_out_rewards` means the one given here first. Those that
             are named nowhere are added to `reward_funcs`.
         token_mask: For GRPO: weights of tokens, from pictures and prompts.
-        method: Your own method instead of `config.method`, made for the policy that it is given.
+        method: Your own method instead of `config.method`: a class derived from `Method`, or a
+            function, that makes it for the policy that it is given.
         progress: Show bars.
 
     Raises:
@@ -96,9 +97,15 @@ def _warn_of_unread(config: AlignConfig) -> None:
         section = getattr(config, name)
         if name != config.method and section != type(section)():
             logger.warning(
-                "settings of %s are given, but the method is %s, which does not read them",
-                *(name, config.method),
+                "settings of %s are given, by a flag or the recipe (%s), but the method is %s, "
+                "which does not read them",
+                *(name, ", ".join(_changed(section)), config.method),
             )
+
+
+def _changed(section: Any) -> list[str]:
+    usual = type(section)()
+    return [f.name for f in fields(section) if getattr(section, f.name) != getattr(usual, f.name)]
 
 
 def _align(
@@ -119,6 +126,8 @@ def _align(
         rewards = {_CONSISTENCY: consistency_reward(model.extractor), **rewards}
     train_rewards, held_out = _open_rewards(config, rewards)
     weights = config.reward_weights or (1.0,) * len(train_rewards)
+    if own is not None and (isinstance(own, Method) or not callable(own)):
+        raise UserError("method must be a class derived from Method, or a function of the policy")
     method = _open_method(config, model, token_mask) if own is None else own(model.policy)
     if not isinstance(method, Method):
         raise UserError(

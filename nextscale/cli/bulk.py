@@ -30,7 +30,7 @@ from nextscale.cli.job import (
 from nextscale.cli.loading import load_pipeline
 from nextscale.cli.ranks import on_main, process_group
 from nextscale.cli.recipes import to_yaml
-from nextscale.cli.search_flags import SearchFlags, open_pipeline_search
+from nextscale.cli.search_flags import SearchFlags, open_pipeline_search, summary
 
 if TYPE_CHECKING:
     from nextscale.align.start_model import Start
@@ -52,6 +52,7 @@ def generate(config: GenerateConfig, output: Output) -> dict[str, Any]:
     with process_group():
         job = on_main(partial(resolve_job, config))
         # Asked once: another process may be drawing while this one looks.
+        search = None
         todo = on_main(lambda: list(range(job.count)) if config.overwrite else job.missing())
         try:
             if todo:
@@ -64,6 +65,7 @@ def generate(config: GenerateConfig, output: Output) -> dict[str, Any]:
                 _draw(job, pipe, start, search, controls, output, set(todo))
             processes.barrier()
             extras = on_main(partial(_finish, job, output))
+            extras["search"] = summary(search)
         except KeyboardInterrupt as error:
             kept = job.count - len(job.missing())
             raise Interrupted(

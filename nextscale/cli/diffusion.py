@@ -14,13 +14,14 @@ from nextscale.cli.console import Output
 from nextscale.cli.job import RECIPE, metadata, remove_pictures
 from nextscale.cli.loading import ModelFiles
 from nextscale.cli.recipes import to_yaml
-from nextscale.cli.search_flags import SearchFlags, open_search
+from nextscale.cli.search_flags import SearchFlags, open_search, reward_name, summary
 from nextscale.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from nextscale.align.models import DiffusionModel
+    from nextscale.align.search import Search
     from nextscale.cli.generate import GenerateConfig
 
 _READ = {
@@ -101,12 +102,16 @@ def generate(config: GenerateConfig, folder: Path, output: Output) -> dict[str, 
     conditions = [condition for condition in given for _ in range(config.num_images)]
     seed = None if config.seed == -1 else config.seed
     seeds = image_seeds(seed, None, len(conditions))
-    draw = _drawing(config, model, given)
+    search = open_search(
+        config, next(model.policy.network.parameters()).device, scenes=model.grammar == "scenes"
+    )
+    draw = _drawing(config, model, search, given)
     target = Path(config.output_dir)
     if config.overwrite and target.is_dir():
         remove_pictures(target)
     named = {"prompt": given} if model.num_classes is None else {"class_labels": given}
     repeated: dict[str, Any] = {"prompts": (), "prompt_file": None, "overwrite": False, **named}
+    repeated["search_reward"] = reward_name(config, scenes=model.grammar == "scenes")
     made = replace(config, seed=seeds[0], **repeated)
     storage.write_bytes(target / RECIPE, to_yaml("generate", asdict(made)).encode())
     paths = [target / f"{i:06d}.png" for i in range(len(conditions))]
@@ -119,12 +124,13 @@ def generate(config: GenerateConfig, folder: Path, output: Output) -> dict[str, 
         write_grid(Path(grid), paths, conditions, config.num_images, metadata(_facts(made)))
     return {
         "num_images": len(paths), "seed": seeds[0], "output_dir": config.output_dir, "grid": grid,
-        "npz": None, "seconds": time.perf_counter() - began, "images": [str(p) for p in paths],
+        "npz": None, "search": summary(search), "seconds": time.perf_counter() - began,
+        "images": [str(p) for p in paths],
     }  # fmt: skip
 
 
 def _drawing(
-    config: GenerateConfig, model: DiffusionModel, given: Sequence[str]
+    config: GenerateConfig, model: DiffusionModel, search: Search | None, given: Sequence[str]
 ) -> Callable[[list[str], list[int]], Tensor]:
     """A function (prompts or labels, seeds) -> pictures in [0, 1].
 
@@ -138,8 +144,6 @@ def _drawing(
     policy: Any = model.policy
     if config.eta is not None and isinstance(policy.transitions, FlowTransitions):
         raise UserError("eta is of DDIM, and this pipeline's scheduler is one of flow matching")
-    device = next(policy.network.parameters()).device
-    search = open_search(config, device, scenes=model.grammar == "scenes")
     if search is not None:
         search.check(policy)
     by_class = model.num_classes is not None

@@ -16,7 +16,7 @@ from nextscale.cli.flags import parse
 from nextscale.cli.job import check_output
 from nextscale.cli.model_flags import ModelFlags, SamplingFlags
 from nextscale.cli.recipes import to_yaml
-from nextscale.cli.search_flags import SearchFlags
+from nextscale.cli.search_flags import SearchFlags, describe
 from nextscale.errors import UserError
 
 ABOUT = (
@@ -98,7 +98,8 @@ class GenerateConfig(SearchFlags, ControlFlags, SamplingFlags, DiffusionFlags, M
             raise UserError("--search takes the place of num_candidates: leave one of them out")
         for name in ("start", "save_scales", "negative_prompt", "control_type", "more_smooth"):
             if self.search is not None and getattr(self, name):
-                raise UserError(f"--search draws from prompts alone: leave {name} out")
+                off = f"give --{name} False" if name == "more_smooth" else f"leave {name} out"
+                raise UserError(f"--search does not go with {name}: {off}")
         if self.start is not None and self.negative_prompt is not None:
             raise UserError(
                 "negative_prompt and start: starts are learnt without a negative prompt. Leave one "
@@ -145,6 +146,8 @@ def run(command: str, arguments: list[str]) -> int:
     what = f"{summary['num_images']} picture{'s' * (summary['num_images'] != 1)}"
     lines = [f"{what} in {config.output_dir} (seed {summary['seed']}, {summary['seconds']:.1f} s)"]
     lines += [f"{name}: {summary[name]}" for name in ("grid", "npz") if summary[name]]
+    if summary.get("search"):
+        lines.append(describe(summary["search"]))
     output.figures(summary, "\n".join(lines))
     return 0
 

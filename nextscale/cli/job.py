@@ -15,6 +15,7 @@ from nextscale.cli.control_flags import control_digest
 from nextscale.cli.loading import check_conditions, read_model
 from nextscale.cli.ranks import pick_device
 from nextscale.cli.recipes import read_recipe, to_yaml
+from nextscale.cli.search_flags import reward_name
 from nextscale.errors import UserError
 
 if TYPE_CHECKING:
@@ -110,6 +111,8 @@ def resolve_job(config: GenerateConfig) -> Job:
         **{"seed": seed, "dtype": dtype.removeprefix("torch."), "preset": None},
         **{k: _tuple(v) if k in _PER_SCALE and v is not None else v for k, v in settings.items()},
     }
+    scenes = model.conditioner.get("grammar") == "scenes"
+    resolved["search_reward"] = reward_name(config, scenes=scenes)
     weights = model.weights()
     if config.lora is not None:
         weights += ":" + storage.file_sha256(adapter_file(config.lora, "adapter_model.safetensors"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
@@ -63,6 +64,32 @@ class SearchFlags:
             raise UserError(f"{', '.join(wrong)}: not read {which}; leave it out")
 
 
+def reward_name(flags: SearchFlags, *, scenes: bool) -> str | None:
+    """What judges: the checker where nothing is said and prompts are in the scenes grammar."""
+    by_reward = flags.search in ("best_of", "tree", "dts")
+    return flags.search_reward or ("checker" if scenes and by_reward else None)
+
+
+def summary(search: Any) -> dict[str, Any] | None:
+    """What a search drew, of this process, for the command's own summary; None without one."""
+    if search is None or not search.cost.pictures:
+        return None
+    cost = search.cost
+    return {
+        "samples": cost.samples,
+        "evaluations_per_picture": cost.passes / cost.pictures,
+        "rewards": [None if math.isnan(value) else value for value in cost.rewards],
+    }
+
+
+def describe(found: dict[str, Any]) -> str:
+    """`summary` in a line."""
+    known = [value for value in found["rewards"] if value is not None]
+    each = f"{found['evaluations_per_picture']:.2f} evaluations a picture"
+    mean = f", reward of the chosen {sum(known) / len(known):.3g}" if known else ""
+    return f"search: {found['samples']} samples, {each}{mean}"
+
+
 def open_pipeline_search(
     flags: SearchFlags, pipe: NextScalePipeline, *, local_files_only: bool = False
 ) -> Callable[..., Any] | None:
@@ -107,7 +134,7 @@ def open_search(flags: SearchFlags, device: torch.device, *, scenes: bool) -> Se
     from nextscale.align.rewards import open_reward
     from nextscale.align.search import BestOf, TreeSearch
 
-    name = flags.search_reward or ("checker" if scenes else None)
+    name = reward_name(flags, scenes=scenes)
     if name is None:
         raise UserError(f"--search {flags.search} needs a reward, such as --search_reward clip")
     reward = open_reward(name, device=device, download=flags.download)

@@ -92,6 +92,8 @@ def parse(text: str) -> Caption:
     rest = re.sub(r"\b(?:on |to )?the (left|right) of\b", r"\1 of", rest)
     rest = re.sub(r"\bone\b|\ban\b", "a", rest)
     relation = next((r for r in RELATIONS if re.search(rf"\b{r}\b", rest)), None)
+    if sum(len(re.findall(rf"\b{r}\b", rest)) for r in RELATIONS) > 1:
+        raise _outside(text, "it names more than one relation")
     if relation is None:
         parts = re.split(r"\s*,\s*and\s+|\s*,\s*|\s+and\s+", rest)
         groups = tuple(_parse_group(part, text) for part in parts)
@@ -103,7 +105,7 @@ def parse(text: str) -> Caption:
         if (one.color, one.shape) == (other.color, other.shape):
             raise _outside(text, f'"{one.color} {one.shape}" is named twice; use a count')
     if sum(group.count for group in groups) > MAX_SHAPES:
-        raise _outside(text, f"it names more than {MAX_SHAPES} shapes")
+        raise _outside(text, f"it names more than {MAX_SHAPES} shapes in all")
     return Caption(groups, relation)
 
 
@@ -143,7 +145,8 @@ def grammar() -> str:
     """The grammar as text, with examples, for messages and `nextscale info`."""
     assert __doc__ is not None
     rules = __doc__.split("\n\n")[1]
-    return rules + "\n\n    examples:\n" + "\n".join(f"      {e}" for e in EXAMPLES)
+    limits = f"\n\n    at most {MAX_SHAPES} shapes in all, and one RELATION"
+    return rules + limits + "\n\n    examples:\n" + "\n".join(f"      {e}" for e in EXAMPLES)
 
 
 def _outside(text: str, why: str) -> UserError:

@@ -426,11 +426,61 @@ def test_an_own_method_is_a_method(tmp_path: Path, model_folder: Path) -> None:
     align(config, method=lambda policy: Likelihood(RAFTConfig(), policy), progress=False)
     assert seen == [16]
 
+    text: Any = "grpo"
+    with pytest.raises(UserError, match="must be a class derived from Method, or a function"):
+        align(settings(tmp_path / "no", model_folder), method=text, progress=False)
+
     def other(policy: Any) -> Any:
         return object()
 
     with pytest.raises(UserError, match="object, which is not derived from"):
         align(settings(tmp_path / "no", model_folder), method=other, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("part", "found", "message"),
+    [
+        ("learn", lambda e: None, "learn returns a NoneType; it must return an Experience"),
+        ("learn", lambda e: replace(e, items=e.items[:-1]), r"items \[15, 1\], weights \[16\]"),
+        ("learn", lambda e: replace(e, items=e.items[:, 0]), r"items \[16\], weights \[16\]"),
+        ("losses", lambda parts: None, "losses returns a NoneType; it must yield"),
+        ("losses", lambda parts: iter([]), "yields nothing"),
+        ("losses", lambda parts: (loss for loss, _ in parts), "yields Tensor; it must yield"),
+        ("losses", lambda parts: ((x.detach(), m) for x, m in parts), "a loss has no gradient"),
+        ("losses", lambda parts: ((x[None], m) for x, m in parts), r"a loss has shape \[1\]"),
+    ],
+)
+def test_mistakes_of_an_own_method_are_named(
+    tmp_path: Path, model_folder: Path, part: str, found: Any, message: str
+) -> None:
+    class Mine(RAFT):
+        def learn(self, rollout: Rollout) -> Experience:
+            kept = super().learn(rollout)
+            return found(kept) if part == "learn" else kept
+
+        def losses(self, *given: Any) -> Any:
+            parts = super().losses(*given)
+            return found(parts) if part == "losses" else parts
+
+        def items_per_group(self, num_generations: int) -> int:
+            return num_generations
+
+    config = settings(tmp_path, model_folder, max_train_steps=1)
+    mine = RAFTConfig(top_k=4)
+    with pytest.raises(UserError, match=rf"Mine\.{part}.*{message}"):
+        align(config, method=lambda policy: Mine(mine, policy), progress=False)
+
+
+def test_a_rollout_that_teaches_nothing_is_said(
+    tmp_path: Path, model_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = settings(
+        tmp_path, model_folder, method="nft", nft=NFTConfig(threshold=9.0), max_train_steps=2
+    )
+    with caplog.at_level("WARNING", "nextscale"):
+        align(config, progress=False)
+    (said,) = [message for message in caplog.messages if "teaches anything" in message]
+    assert said.startswith("none of the 4 groups of a rollout")
 
 
 def test_r0_needs_rewards_with_a_gradient(tmp_path: Path, model_folder: Path) -> None:
@@ -1115,8 +1165,8 @@ def test_settings_of_another_method_are_warned_of(
     given |= {"train_batch_size": 4, "gradient_accumulation_steps": 1, "max_train_steps": 1}
     with caplog.at_level("WARNING", "nextscale"):
         align(settings(tmp_path / "run", model_folder, **given), progress=False)
-    said = "settings of grpo are given, but the method is raft, which does not read them"
-    assert said in caplog.messages
+    said = "settings of grpo are given, by a flag or the recipe (beta), but the method is raft, "
+    assert said + "which does not read them" in caplog.messages
 
 
 def test_ctrl_c_says_what_is_kept(

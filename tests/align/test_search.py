@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -305,6 +306,24 @@ def test_a_judge_of_other_tokens_is_refused(
         GenARM(pipe, -1.0)
 
 
+def test_what_is_no_search_is_refused(pipe: NextScalePipeline) -> None:
+    for wrong in ("best_of", BestOf):
+        given: Any = wrong
+        with pytest.raises(UserError, match="it takes an object such as BestOf"):
+            pipe(class_labels=[0], search=given)
+    with pytest.raises(UserError, match="takes the place of num_candidates"):
+        pipe(class_labels=[0], search=BestOf(REWARD), num_candidates=4)
+    name: Any = "clip"
+    with pytest.raises(UserError, match=r'open_reward\("clip"\) opens one by name'):
+        BestOf(as_reward(name))
+
+    def blind(images: Tensor, prompts: Sequence[Any]) -> list[None]:
+        return [None] * len(images)
+
+    with pytest.raises(UserError, match='"blind" could score none of 8 samples'):
+        pipe(class_labels=[0, 1], seed=0, search=BestOf(as_reward(blind, "blind"), 4))
+
+
 def test_what_does_not_fit_is_refused(pipe: NextScalePipeline) -> None:
     with pytest.raises(UserError, match="does not judge pictures one by one"):
         BestOf(open_reward("vendi"))
@@ -334,7 +353,10 @@ def test_generate_searches(
     command += ["--seed", "3", "--dtype", "float32", "--quiet", "--num_images", "2"]
     flags = ["--search", "best_of", "--search_reward", "brightness", "--search_samples", "4"]
     assert main([*command, "--output_dir", str(tmp_path / "plain")]) == 0
-    assert main([*command, *flags, "--output_dir", str(tmp_path / "best")]) == 0
+    capsys.readouterr()
+    assert main([*command, *flags, "--json", "--output_dir", str(tmp_path / "best")]) == 0
+    told = json.loads(capsys.readouterr().out)["search"]
+    assert (told["samples"], told["evaluations_per_picture"], len(told["rewards"])) == (16, 4, 4)
     light = {
         name: [np.asarray(Image.open(tmp_path / name / f"00000{i}.png")).mean() for i in range(4)]
         for name in ("plain", "best")
@@ -351,9 +373,9 @@ def test_generate_searches(
         (["--search", "tree"], "needs a reward"),
         (["--search_samples", "3"], "not read without --search"),
         (["--search", "mg_select", "--search_reward", "clip"], "not read by --search mg_select"),
-        ([*flags, "--save_scales"], "leave save_scales out"),
+        ([*flags, "--save_scales"], "does not go with save_scales: leave save_scales out"),
         ([*flags, "--num_candidates", "4"], "takes the place of num_candidates"),
-        ([*flags, "--more_smooth"], "leave more_smooth out"),
+        ([*flags, "--more_smooth"], "give --more_smooth False"),
     ):
         assert main([*command, *wrong, "--output_dir", str(tmp_path / "x")]) == 2
         assert message in capsys.readouterr().err

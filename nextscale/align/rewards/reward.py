@@ -177,8 +177,8 @@ class CheckedReward:
             logger.warning(problem + "its prompts and metadata are what it reads", self.name)
         elif bool((valid == valid[0]).all()):
             logger.warning(
-                'the reward "%s" is %g for all %d pictures of a call, from which nothing can be '
-                "learnt: choose other prompts, a finer reward, or more varied samples",
+                'the reward "%s" is %g for all %d pictures of a call. Where it is to be learnt '
+                "this teaches nothing: choose other prompts, a finer reward, or varied samples",
                 *(self.name, float(valid[0]), len(valid)),
             )
         else:
@@ -219,7 +219,9 @@ def as_reward(
         return function
     name = name or getattr(function, "name", None) or getattr(function, "__name__", "unnamed")
     if not callable(function):
-        raise UserError(f'the reward "{name}" is a {type(function).__name__}, not a function')
+        hint = f'; open_reward("{function}") opens one by name' if isinstance(function, str) else ""
+        kind = type(function).__name__
+        raise UserError(f'the reward "{name}" is a {kind}, not a function{hint}')
 
     def choose(given: Any, attribute: str, default: Any) -> Any:
         return getattr(function, attribute, default) if given is None else given

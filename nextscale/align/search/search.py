@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -33,11 +33,13 @@ class Cost:
             time that samples go on from it, once for all that do so together; latents are kept for
             nothing.
         pictures: Chosen.
+        rewards: Of those, in the order of drawing.
     """
 
     samples: int = 0
     passes: float = 0.0
     pictures: int = 0
+    rewards: list[float] = field(default_factory=list)
 
 
 class Drawer:
@@ -143,7 +145,8 @@ class Search(ABC):
         reward: Of single pictures; see `open_reward`.
 
     Raises:
-        UserError: For rewards of sets, or comparisons.
+        UserError: For rewards of sets, or comparisons; with exit code 1 for one that can score no
+            sample of a call.
     """
 
     def __init__(self, reward: AnyReward) -> None:
@@ -179,6 +182,13 @@ class Search(ABC):
         drawer = Drawer(policy, self.reward, conditions, seeds, self.cost)
         chosen = list(self.choose(drawer))
         assert drawer.trajectory is not None
+        if all(math.isnan(value) for value in drawer.values):
+            raise UserError(
+                f'the reward "{self.reward.name}" could score none of {len(drawer.values)} '
+                "samples: a search cannot choose. Check that the prompts are what it reads",
+                exit_code=1,
+            )
+        self.cost.rewards += [drawer.values[row] for row in chosen]
         self.cost.pictures += len(chosen)
         rows = torch.tensor(chosen, device=drawer.trajectory.actions[0].device)
         return drawer.trajectory.index(rows)
