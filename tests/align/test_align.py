@@ -440,10 +440,13 @@ def test_an_own_method_is_a_method(tmp_path: Path, model_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("part", "found", "message"),
     [
-        ("learn", lambda e: None, "learn returns a NoneType; it must return an Experience"),
-        ("learn", lambda e: replace(e, items=e.items[:-1]), r"items \[15, 1\], weights \[16\]"),
-        ("learn", lambda e: replace(e, items=e.items[:, 0]), r"items \[16\], weights \[16\]"),
-        ("losses", lambda parts: None, "losses returns a NoneType; it must yield"),
+        ("learn", lambda e: None, "returns a NoneType; it must return an Experience"),
+        (
+            "learn",
+            lambda e: replace(e, items=e.items[:-1], weights=e.weights[:-1]),
+            r"items \[15, 1\], weights \[15\]; they must be \[16, k\]",
+        ),
+        ("losses", lambda parts: None, "returns a NoneType; it must yield"),
         ("losses", lambda parts: iter([]), "yields nothing"),
         ("losses", lambda parts: (loss for loss, _ in parts), "yields Tensor; it must yield"),
         ("losses", lambda parts: ((x.detach(), m) for x, m in parts), "a loss has no gradient"),
