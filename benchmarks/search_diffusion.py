@@ -112,6 +112,7 @@ def plot(table: dict[str, Any], path: Path) -> None:
         )  # fmt: skip
     left.set(xlabel="samples of all steps, each picture", ylabel="right, %", xscale="log")
     left.set_xticks(BUDGETS, [str(n) for n in BUDGETS])
+    left.minorticks_off()
     for kind, label in (("threshold", "adaptive guidance"), ("steps", "fewer steps")):
         rows = [row for name, row in table.items() if name.startswith(kind)]
         points = sorted((row["evaluations"], 100 * row["accuracy"]) for row in rows)
