@@ -7,7 +7,8 @@
 until the cosine of a picture's two predictions passes 1 - threshold (`guidance_threshold`), beside
 fewer steps of the same sampler, which save evaluations too. Search: with noise (eta 1), the best of
 N and tree search by the share of true statements; costs in samples with all their steps, of which a
-branch computes those behind it. Writes benchmarks/results/search_diffusion.json and
+branch computes those behind it. And, as in search_scales.py, how often a sample that is redrawn
+behind some steps stays or becomes right. Writes benchmarks/results/search_diffusion.json and
 docs/images/search_diffusion.png, and prints Markdown; rows in the results are not drawn again.
 """
 
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline  # pyright: ignore
 from record import earlier, save_record
+from search_scales import redrawn
 from torch import Tensor, nn
 
 from nextscale.align.policies.diffusion import DiffusionPolicy
@@ -40,6 +42,7 @@ STEPS = 20
 THRESHOLDS = (0.005, 0.009, 0.02, 0.05)  # 0.009: the paper's
 SHORTER = (10, 12, 15)  # steps, all of them guided
 BUDGETS = (1, 2, 4, 8)
+FIRSTS = (0, 5, 10, 15)  # steps kept, the others redrawn
 AT_ONCE = 50
 REFERENCES = 5000  # true pictures
 SHARED: dict[str, Any] = {
@@ -152,6 +155,14 @@ def main() -> None:
             table[name] = job()
             print(name, json.dumps(table[name]), flush=True)
             save_record(output, command, "diffusers", rows=table)
+    if "redrawn" not in table:
+        table["redrawn"] = redrawn(noisy, captions[:200], FIRSTS)
+        save_record(output, command, "diffusers", rows=table)
+    for row in table.pop("redrawn"):
+        print(
+            f"| {100 * row['kept']:.0f} % | {100 * row['stays_right']:.0f} % "
+            f"| {100 * row['becomes_right']:.0f} % |"
+        )
     for name, row in table.items():
         low, high = row["interval"]
         cost = row.get("evaluations", row.get("passes", math.nan))

@@ -13,6 +13,7 @@ docs/images/search_scales.png.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from nextscale.align.policies.next_scale import NextScalePolicy
 from nextscale.align.rewards import open_reward, score
+from nextscale.align.trajectory import Policy
 from nextscale.data.benchmark import training_captions
 from nextscale.pipeline import NextScalePipeline
 from nextscale.streams import image_stream
@@ -35,26 +37,26 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def redrawn(policy: NextScalePolicy, captions: list[str]) -> list[dict[str, float]]:
-    """Shares of right pictures by the scale that is redrawn first; 0: all of them."""
+def redrawn(policy: Policy, captions: list[str], firsts: Sequence[int]) -> list[dict[str, float]]:
+    """Shares of right pictures by the step that is redrawn first; 0: all of them."""
     checker = open_reward("checker")
 
     def right(trajectory: Any, prompts: list[str]) -> Tensor:
         return score([checker], policy.decode(trajectory), prompts)[0][:, 0] == 1
 
-    counts = torch.zeros(policy.num_steps, 2, 2)
+    counts = torch.zeros(len(firsts), 2, 2)
     for start in range(0, len(captions), AT_ONCE):
         prompts = captions[start : start + AT_ONCE]
         streams = [image_stream(start + i) for i in range(len(prompts))]
         drawn = policy.sample(policy.encode(prompts), generators=streams)
         before = right(drawn, prompts)
-        for scale in range(policy.num_steps):
-            streams = [image_stream(10**6 * (scale + 1) + start + i) for i in range(len(prompts))]
-            after = right(policy.branch(drawn, scale, 1, generators=streams), prompts)
+        for row, first in enumerate(firsts):
+            streams = [image_stream(10**6 * (first + 1) + start + i) for i in range(len(prompts))]
+            after = right(policy.branch(drawn, first, 1, generators=streams), prompts)
             for was in (0, 1):
                 kept = after[before == bool(was)]
-                counts[scale, was] += torch.tensor([float(kept.sum()), float(len(kept))])
-    shares = torch.tensor([0, *policy.units[:-1]]).cumsum(0) / sum(policy.units)
+                counts[row, was] += torch.tensor([float(kept.sum()), float(len(kept))])
+    shares = [sum(policy.units[:first]) / sum(policy.units) for first in firsts]
     return [
         {"stays_right": float(r[0] / r[1]), "becomes_right": float(w[0] / w[1]), "kept": float(k)}
         for (w, r), k in zip(counts, shares, strict=True)
@@ -134,7 +136,10 @@ def main() -> None:
     captions = list(dict.fromkeys(training_captions("hard", 2 * options.captions)))
     captions = captions[: options.captions]
     policy = NextScalePolicy(pipe, replace(pipe.generation, temperature=1.0), only_draws=True)
-    table, tells = redrawn(policy, captions), told(pipe, captions[: len(captions) // 4])
+    table, tells = (
+        redrawn(policy, captions, range(policy.num_steps)),
+        told(pipe, captions[: len(captions) // 4]),
+    )
     command = "python benchmarks/search_scales.py"
     command += f" --model {options.model} --captions {options.captions}"
     save_record(options.output, command, redrawn=table, told=tells)
