@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     from nextscale.training.loop import FitResult, fit
     from nextscale.training.optimizers import adamw, decay_groups
     from nextscale.training.schedules import lr_factor, weight_decay_at
-    from nextscale.training.session import bare, frozen
+    from nextscale.training.wrapping import bare, frozen
 
 # The command line reads TrainingConfig for its help, so this import must not pull in torch.
 _HOME = {
     "TrainingConfig": "config",
     "fit": "loop",
     "FitResult": "loop",
-    "bare": "session",
-    "frozen": "session",
+    "bare": "wrapping",
+    "frozen": "wrapping",
     "adamw": "optimizers",
     "decay_groups": "optimizers",
     "latest_checkpoint": "checkpoint",

@@ -28,12 +28,12 @@ from nextscale.training.session import (
     Session,
     Stateful,
     Sums,
-    bare,
     open_accelerator,
     prepare,
     release,
     start,
 )
+from nextscale.training.wrapping import bare
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from nextscale.align.erasure.target import Outcome, Target
 from nextscale.errors import UserError
 from nextscale.pipeline import NextScalePipeline
 from nextscale.streams import stream
-from nextscale.training.session import frozen
+from nextscale.training import frozen
 from nextscale.var.conditioning import Condition, Conditioner
 
 GUIDANCE = (1.0, 2.0, 4.0, 8.0)
