@@ -5,7 +5,8 @@
 Every row draws one picture for each of --prompts captions at temperature 1 with the same seeds: by
 plain sampling, by the likeliest of N (`num_candidates`), by MG-Select, by the best of N and by tree
 search, the last two judged by the checker (a verifier that knows) and by the bundled CLIP (one that
-guesses); a picture that the checker calls right takes no more samples. Costs are counted in
+guesses); a picture that the checker calls right takes no more samples, but of Diffusion Tree
+Sampling ("dts"), which draws from the samples by their rewards. Costs are counted in
 evaluations of one whole picture, kept prefixes included each time that samples go on from them.
 `--model` takes a tuned model for the stacked case, with another --output and --plot; `--judge` one
 by which GenARM weighs the tokens of the base. Rows that are in the results are not drawn again.
@@ -50,6 +51,8 @@ def rows(judge: NextScalePipeline | None, itself: NextScalePipeline) -> dict[str
         "tree, checker": lambda n: {"search": TreeSearch(checker, n)},
         "best, CLIP": lambda n: {"search": BestOf(clip, n)},
         "tree, CLIP": lambda n: {"search": TreeSearch(clip, n)},
+        "dts, checker": lambda n: {"search": TreeSearch(checker, n, greedy=False)},
+        "dts, CLIP": lambda n: {"search": TreeSearch(clip, n, greedy=False)},
         "MG-Select": lambda n: {"search": MGSelect(n)},
         "MG-Select, all scales": lambda n: {"search": MGSelect(n, scales=6)},  # of 6
     }
@@ -147,6 +150,7 @@ def main() -> None:
         }
         print(name, json.dumps(table[name]), flush=True)
         save_record(output, command, rows=table)
+    table = {name: table[name] for name in every if name in table} | table  # in the rows' order
     print(markdown(table))
     plot(table, Path(options.plot))
 
