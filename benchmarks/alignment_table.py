@@ -61,6 +61,7 @@ FURTHER = f"--config grpo-scenes {RATE} --gradient_accumulation_steps 2"  # two 
 # in the first one, on policy, KL-Cov is GRPO and Reg-GRPO a multiple of it
 ONE_STEP = "--max_train_steps 24"  # a rollout
 TWO_STEPS = ("further", "others")
+NFT = "--config grpo-diffusion --method diffusion_nft --num_iterations 4 --max_train_steps 160"
 SETS = f"{RATE} --prompts CAPTIONS --eval_prompts HELD_OUT "
 SETS += "--reward_funcs frechet_pixels:EXEMPLARS@1 frechet_pixels_instance:EXEMPLARS@1 vendi "
 SETS += "--reward_weights"
@@ -124,6 +125,8 @@ SUITES: dict[str, dict[str, str]] = {
         "FIND": "--config find-diffusion",
         "B2-DiffuRL": "--config b2-diffusion",
         "DRAGON": "--config dragon-diffusion",
+        "DiffusionNFT": f"{NFT} --guidance_scale 1",
+        "DiffusionNFT, guided": NFT,
     },
 }
 FILES = {

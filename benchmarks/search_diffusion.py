@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from nextscale.align.policies.diffusion import DiffusionPolicy
 from nextscale.align.rewards import open_reward
-from nextscale.align.search import BestOf, TreeSearch
+from nextscale.align.search import BestOf, Search, TreeSearch
 from nextscale.data.benchmark import load_benchmark
 from nextscale.data.checker import check_batch, wilson_interval
 from nextscale.data.images import to_uint8
@@ -41,7 +41,9 @@ from nextscale.streams import image_stream
 STEPS = 20
 THRESHOLDS = (0.005, 0.009, 0.02, 0.05)  # 0.009: the paper's
 SHORTER = (10, 12, 15)  # steps, all of them guided
-BUDGETS = (1, 2, 4, 8)
+BUDGETS = (1, 2, 4, 8, 16)
+HALFWAY = (8, 12, 16)  # samples, of which all but four begin like another
+SEARCHES = {"best": "best of N", "tree": "tree", "halfway": "tree, 4 samples, then half way"}
 FIRSTS = (0, 5, 10, 15)  # steps kept, the others redrawn
 AT_ONCE = 50
 REFERENCES = 5000  # true pictures
@@ -81,8 +83,13 @@ def guided(pipe: Any, steps: int, threshold: float | None, captions: list[str]) 
 
 def searched(policy: DiffusionPolicy, name: str, count: int, captions: list[str]) -> dict[str, Any]:
     """Cost and verdicts of what a search chose."""
-    make = {"best": BestOf, "tree": TreeSearch}[name]
-    search, parts = make(open_reward("checker_statements"), count), []
+    reward = open_reward("checker_statements")
+    search: Search = {
+        "best": lambda: BestOf(reward, count),
+        "tree": lambda: TreeSearch(reward, count),
+        "halfway": lambda: TreeSearch(reward, count, steps=(STEPS // 2,), width=4.0, growth=0.0),
+    }[name]()
+    parts = []
     for start in range(0, len(captions), AT_ONCE):
         own = captions[start : start + AT_ONCE]
         chosen = search.on(policy, own, list(range(start, start + len(own))))
@@ -107,11 +114,12 @@ def plot(table: dict[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for kind in ("best", "tree"):
-        rows = [table[f"{kind}, {n}"] for n in BUDGETS]
+    for kind, label in SEARCHES.items():
+        rows = [row for name, row in table.items() if name.startswith(f"{kind}, ")]
+        rows.sort(key=lambda row: row["passes"])
         left.plot(
             [row["passes"] for row in rows], [100 * row["accuracy"] for row in rows],
-            marker="o", label=f"{kind}, checker",
+            marker="o", label=label,
         )  # fmt: skip
     left.set(xlabel="samples of all steps, each picture", ylabel="right, %", xscale="log")
     left.set_xticks(BUDGETS, [str(n) for n in BUDGETS])
@@ -147,8 +155,8 @@ def main() -> None:
         name: lambda given=given: guided(pipe, *given, captions) for name, given in rows.items()
     }
     noisy = DiffusionPolicy(pipe, num_inference_steps=STEPS, **SHARED)
-    for kind in ("best", "tree"):
-        for n in BUDGETS:
+    for kind in SEARCHES:
+        for n in HALFWAY if kind == "halfway" else BUDGETS:
             jobs[f"{kind}, {n}"] = lambda kind=kind, n=n: searched(noisy, kind, n, captions[:200])
     for name, job in jobs.items():
         if name not in table:
