@@ -94,6 +94,10 @@ SUITES: dict[str, dict[str, str]] = {
         "Clip-Cov": f"{FURTHER} --grpo.covariance clip",
         "SPO": f"{FURTHER} --reward_funcs preference:checker_statements checker "
         "--reward_weights 1 0",
+        "SPO, sharp": f"{FURTHER} --reward_funcs preference:checker_statements@0.1 checker "
+        "--reward_weights 1 0",
+        "GRPO, statements": f"{FURTHER} --reward_funcs checker_statements checker "
+        "--reward_weights 1 0",
         "DUMP": f"{FURTHER} --curriculum dump",
         "D2O": f"--config d2o-scenes {RATE} {ONE_STEP}",
         "RPO": f"--config rpo-scenes {RATE} {ONE_STEP}",
@@ -374,6 +378,7 @@ def main() -> None:
             command = f"nextscale align {' '.join(flags)}"
             runs = earlier(output).get(name, {"runs": {}})["runs"]
             if runs.get(str(seed), {}).get("command") == command:
+                print(f"{name} {seed}: in {output} already; another --output makes it anew")
                 continue
             if not (folder / "peak_memory_kb").is_file():
                 run(folder, flags, earlier_of(name, seed, options))

@@ -131,6 +131,7 @@ def main() -> None:
     table = earlier(output, command=command)
     for name in options.rows or every:
         if name in table:
+            print(f"{name}: in {output} already; another --output draws it anew")
             continue
         count, make = every[name]
         settings = {"temperature": 1.0, "num_candidates": 1, **make(count)}

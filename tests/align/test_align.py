@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from nextscale.align.policies.next_scale import NextScalePolicy
 from nextscale.align.prompts import DatasetPicture, Prompt, draw_prompts, open_prompts
 from nextscale.align.references import Given
 from nextscale.align.rewards import as_reward
+from nextscale.align.rewards.composition import Preference
 from nextscale.align.tables import compare
 from nextscale.align.trajectory import Trajectory
 from nextscale.align.watcher import hold_out
@@ -131,6 +133,17 @@ TOY: dict[str, dict[str, Any]] = {
         "num_generations": 2,
         "train_batch_size": 32,
     },
+    "rpo": {"method": "dpo", "dpo": DPOConfig(rpo_alpha=0.1)},
+    "spo": {"method": "grpo", "reward_weights": (0.0, 1.0), **LARGE},
+    "lagrangian": {
+        "method": "grpo",
+        "reward_mode": "lagrangian",
+        "reward_thresholds": (0.95, math.nan),
+        "reward_weights": (0.0, 1.0),
+        "lagrangian_rate": 1.0,
+        **LARGE,
+    },
+    "dump": {"method": "grpo", "curriculum": "dump", **LARGE},
 }
 
 
@@ -160,7 +173,15 @@ def test_a_toy_reward_is_learnt(
         labels = [Prompt(k, {"picture": DatasetPicture("scenes", "train", k)}) for k in range(3)]
         monkeypatch.setattr("nextscale.align.train.open_prompts", lambda *_, **__: labels)
         monkeypatch.setattr(NextScalePolicy, "trajectory_of", all_first_code)
-    align(config, rewards={"zeros": brightness}, progress=False)
+    rewards: dict[str, Any] = {"zeros": brightness}
+    if method == "spo":  # which sees preferences alone
+        rewards["preferred"] = Preference(as_reward(brightness), temperature=0.05)
+    if method == "lagrangian":  # whose objective says nothing
+        rewards["even"] = lambda images, prompts: torch.zeros(len(images))
+    if method == "dump":
+        labels = [Prompt(k % 3, {}, source=f"source {k % 2}") for k in range(6)]
+        monkeypatch.setattr("nextscale.align.train.open_prompts", lambda *_, **__: labels)
+    align(config, rewards=rewards, progress=False)
     # NFT asks for right samples, of which every one with a reward over its threshold is as good.
     aim = "samples/right" if method == "nft" else "rewards/zeros/mean"
     reached = [line[aim] for line in log(tmp_path)]

@@ -73,8 +73,8 @@ def fdpg_rewards(
 class FDPG(Method):
     """GRPO's clipped loss with `fdpg_rewards`, centred in each group, as advantages.
 
-    Differences from the paper: Z is estimated within each rollout, not by a moving average; the
-    group's mean is the baseline; the clip holds repeated passes.
+    Differences from the paper: Z is estimated from the few samples of each prompt, not by a moving
+    average; the group's mean is the baseline; the clip holds repeated passes.
 
     Args:
         settings: See there.

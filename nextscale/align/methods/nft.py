@@ -34,8 +34,7 @@ class NFTConfig:
 class NFT(Method):
     """`nft_loss` on the samples of a group, of which some must be right and some wrong.
 
-    Left out of the paper: nothing of the loss; its data, mathematics, is another one. For diffusion
-    see `DiffusionNFT`.
+    Differences from the paper's code: see `nft_loss`. For diffusion see `DiffusionNFT`.
 
     Args:
         settings: See there.

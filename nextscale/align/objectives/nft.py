@@ -27,6 +27,12 @@ def nft_loss(
     -log max((1 - q rho) / (1 - q), 1e-3), mean over units and samples. On policy its gradient is
     that of GRPO with advantages of 1 and -q / (1 - q).
 
+    Differences from the released code: below the floor there is no gradient, where it hands the
+    gradient through; ratios of positives have no floor, q is not held in [0.02, 0.98], negatives
+    have no weight of their own, and the mean is over units, not a sum over 1000. Its weights of
+    prompts are 1 - q or sqrt((1 - q) / q), which makes the on-policy gradient that of GRPO with
+    normalised advantages; `weighted` is the ratio without the root.
+
     Args:
         logps: Under the current policy.
         old_logps: Under the policy that drew the samples.
