@@ -8,8 +8,10 @@ until the cosine of a picture's two predictions passes 1 - threshold (`guidance_
 fewer steps of the same sampler, which save evaluations too. Search: with noise (eta 1), the best of
 N and tree search by the share of true statements; costs in samples with all their steps, of which a
 branch computes those behind it. And, as in search_scales.py, how often a sample that is redrawn
-behind some steps stays or becomes right. Writes benchmarks/results/search_diffusion.json and
-docs/images/search_diffusion.png, and prints Markdown; rows in the results are not drawn again.
+behind some steps stays or becomes right, and how often the right one of two samples is told by the
+squared gap of the two predictions that guidance computes, as MG-Select would. Writes
+benchmarks/results/search_diffusion.json and docs/images/search_diffusion.png, and prints Markdown;
+rows in the results are not drawn again.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline  # pyright: ignore
 from record import earlier, save_record
-from search_scales import redrawn
+from search_scales import pairs_told, redrawn
 from torch import Tensor, nn
 
 from nextscale.align.policies.diffusion import DiffusionPolicy
@@ -45,6 +47,7 @@ BUDGETS = (1, 2, 4, 8, 16)
 HALFWAY = (8, 12, 16)  # samples, of which all but four begin like another
 SEARCHES = {"best": "best of N", "tree": "tree", "halfway": "tree, 4 samples, then half way"}
 FIRSTS = (0, 5, 10, 15)  # steps kept, the others redrawn
+SAMPLES = 6  # of a caption, that are told apart
 AT_ONCE = 50
 REFERENCES = 5000  # true pictures
 SHARED: dict[str, Any] = {
@@ -79,6 +82,30 @@ def guided(pipe: Any, steps: int, threshold: float | None, captions: list[str]) 
         "evaluations": count / len(captions),
         "fd_scenes": distance["value"],
     }
+
+
+def told(policy: DiffusionPolicy, captions: list[str]) -> list[float]:
+    """Share of pairs of a right and a wrong sample told by the gaps of the first steps, summed."""
+    gaps: list[Tensor] = []
+
+    def watched(layer: nn.Module, given: Any, out: tuple[Tensor, ...]) -> None:
+        first, second = out[0].float().chunk(2)
+        gaps.append((first - second).square().flatten(1).sum(1).cpu())
+
+    network: Any = policy.network
+    handle = network.register_forward_hook(watched)
+    rights, sums = [], []
+    for start in range(0, len(captions), AT_ONCE // SAMPLES):
+        prompts = [c for c in captions[start : start + AT_ONCE // SAMPLES] for _ in range(SAMPLES)]
+        streams = [image_stream(10**7 + start * SAMPLES + i) for i in range(len(prompts))]
+        gaps.clear()
+        drawn = policy.sample(policy.encode(prompts), generators=streams)
+        sums.append(torch.stack(gaps).cumsum(0))
+        pixels = to_uint8(policy.decode(drawn)).permute(0, 2, 3, 1).numpy()
+        rights += [report.holds for report in check_batch(pixels, prompts)]
+    handle.remove()
+    right = torch.tensor(rights).view(-1, SAMPLES)
+    return [pairs_told(right, step.view(-1, SAMPLES)) for step in torch.cat(sums, dim=1)]
 
 
 def searched(policy: DiffusionPolicy, name: str, count: int, captions: list[str]) -> dict[str, Any]:
@@ -166,6 +193,10 @@ def main() -> None:
     if "redrawn" not in table:
         table["redrawn"] = redrawn(noisy, captions[:200], FIRSTS)
         save_record(output, command, "diffusers", rows=table)
+    if "told" not in table:
+        table["told"] = told(noisy, captions[:200])
+        save_record(output, command, "diffusers", rows=table)
+    print("pairs told after each step:", " ".join(f"{share:.2f}" for share in table.pop("told")))
     for row in table.pop("redrawn"):
         print(
             f"| {100 * row['kept']:.0f} % | {100 * row['stays_right']:.0f} % "

@@ -90,12 +90,12 @@ def told(pipe: NextScalePipeline, captions: list[str]) -> dict[str, list[float]]
         rights.append(judged[:, 0] == 1)
     right = torch.cat(rights).view(-1, SAMPLES)
     return {
-        name: [_pairs_told(right, torch.cat(parts).view(-1, SAMPLES)) for parts in columns]
+        name: [pairs_told(right, torch.cat(parts).view(-1, SAMPLES)) for parts in columns]
         for name, columns in known.items()
     }
 
 
-def _pairs_told(right: Tensor, values: Tensor) -> float:
+def pairs_told(right: Tensor, values: Tensor) -> float:
     """Share of pairs whose right sample has the higher value; equal ones count half."""
     above, pairs = 0.0, 0
     for verdicts, row in zip(right, values, strict=True):

@@ -16,7 +16,7 @@ from nextscale.cli.flags import parse
 from nextscale.cli.job import check_output
 from nextscale.cli.model_flags import ModelFlags, SamplingFlags
 from nextscale.cli.recipes import to_yaml
-from nextscale.cli.search_flags import SearchFlags, describe
+from nextscale.cli.search_flags import TAKEN, SearchFlags, describe
 from nextscale.errors import UserError
 
 ABOUT = (
@@ -97,9 +97,10 @@ class GenerateConfig(SearchFlags, ControlFlags, SamplingFlags, DiffusionFlags, M
         if self.search is not None and self.num_candidates not in (None, 1):
             raise UserError("--search takes the place of num_candidates: leave one of them out")
         for name in ("start", "save_scales", "negative_prompt", "control_type", "more_smooth"):
-            if self.search is not None and getattr(self, name):
-                off = f"give --{name} False" if name == "more_smooth" else f"leave {name} out"
-                raise UserError(f"--search does not go with {name}: {off}")
+            if self.search is None or name in TAKEN.get(self.search, ()) or not getattr(self, name):
+                continue
+            off = f"give --{name} False" if name == "more_smooth" else f"leave {name} out"
+            raise UserError(f"--search {self.search} does not go with {name}: {off}")
         if self.start is not None and self.negative_prompt is not None:
             raise UserError(
                 "negative_prompt and start: starts are learnt without a negative prompt. Leave one "

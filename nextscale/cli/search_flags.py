@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from nextscale.align.search import Search
     from nextscale.pipeline import NextScalePipeline
 
+TAKEN = {  # settings of a picture that a search does not draw by itself
+    "mg_select": ("negative_prompt", "control_type", "more_smooth"),
+    "genarm": ("negative_prompt",),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class SearchFlags:

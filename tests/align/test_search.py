@@ -388,9 +388,10 @@ def test_generate_searches(
         ("tree", "--search_reward", "brightness", "--search_steps", "1", "3"),
         ("dts", "--search_reward", "brightness"),
         ("mg_select",),
+        ("mg_select", "--more_smooth", "True"),
         ("genarm", "--search_weight", "0.5", "--search_model"),
     ],
-    ids=lambda flags: flags[0],
+    ids=lambda flags: " ".join(flags[:2]),
 )
 def test_every_search_draws_by_command_as_in_python(
     pipe: NextScalePipeline,
@@ -413,7 +414,9 @@ def test_every_search_draws_by_command_as_in_python(
     command += ["--seed", "3", "--dtype", "float32", "--quiet", "--search", *flags]
     command += [str(tmp_path / "judge")] if flags[0] == "genarm" else []
     assert main([*command, "--output_dir", str(tmp_path / "out")]) == 0
-    found = pipe(class_labels=[0, 1], seed=3, output_type="pt", search=search[flags[0]])
+    smooth = "--more_smooth" in flags
+    settings: dict[str, Any] = {"search": search[flags[0]], "more_smooth": smooth}
+    found = pipe(class_labels=[0, 1], seed=3, output_type="pt", **settings)
     for number, image in enumerate(to_uint8(found.images)):
         written = np.asarray(Image.open(tmp_path / "out" / f"00000{number}.png"))
         assert np.array_equal(written, image.permute(1, 2, 0).numpy())

@@ -101,7 +101,7 @@ def test_examples_are_canonical(example: str) -> None:
         ("a red small circle", "wrong place"),
         ("three red circles and a blue cross", "more than 3"),
         ("a red circle and two red circles", "named twice"),
-        ("a red circle left of a blue square above a red cross", '"above"'),
+        ("a red circle left of a blue square above a red cross", "more than one relation"),
         ("a red circle left of", "names no count"),
     ],
 )

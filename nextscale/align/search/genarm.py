@@ -21,8 +21,9 @@ class GenARM:
 
     pi_r is a next-scale model of the same tokens, whose log-probabilities are rewards; the weight
     is the paper's 1 / beta. Differences from the paper: p is the guided base after its filters,
-    while pi_r judges without guidance, at the temperature of the draw; pi_r may be any model, such as one that `nextscale align`
-    left: the paper's own training (DPO without a reference) is not here.
+    while pi_r judges without guidance, at the temperature of the draw; pi_r may be any model, such
+    as one that `nextscale align` left: the paper's own training (DPO without a reference) is not
+    here.
 
     Args:
         reward_model: pi_r.
