@@ -23,8 +23,8 @@ class MGSelect:
     the first scales, after which it is drawn again and finished: the others cost the share of those
     scales, which hold few tokens. Differences from the paper: the second side is the unconditional
     one that guidance computes anyway, not one of masked inputs. Next-scale models only: a denoising
-    step has no distribution over tokens, and its two noise predictions are of unit scale at every
-    step, whatever the prompt decided.
+    step has no distribution over tokens, and the squared gap of its two predictions told right
+    samples from wrong ones no better than chance (docs/generate.md).
 
     Args:
         num_samples: N.
