@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from nextscale.align.rewards.composition import Preference
 from nextscale.align.search import BestOf, GenARM, MGSelect, Search, TreeSearch
 from nextscale.align.search.search import Drawer
 from nextscale.cli import main
+from nextscale.cli.generate import GenerateConfig
 from nextscale.data.images import to_uint8
 from nextscale.errors import UserError
 from nextscale.pipeline import NextScalePipeline, Request
@@ -380,6 +382,27 @@ def test_generate_searches(
         assert main([*command, *wrong, "--output_dir", str(tmp_path / "x")]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("name", ["best_of", "mg_select", "genarm"])
+@pytest.mark.parametrize("setting", ["negative_prompt", "control_type", "more_smooth"])
+def test_a_search_takes_the_settings_that_it_draws_by(
+    tmp_path: Path, name: Any, setting: str
+) -> None:
+    Image.new("L", (8, 8)).save(tmp_path / "edges.png")
+    given: dict[str, Any] = {
+        "negative_prompt": {"negative_prompt": "a red circle"},
+        "control_type": {
+            "control_type": ("canny",),
+            "control_image": (str(tmp_path / "edges.png"),),
+        },
+        "more_smooth": {"more_smooth": True},
+    }[setting]
+    given["search_model"] = "judge" if name == "genarm" else None
+    takes = name == "mg_select" or (name, setting) == ("genarm", "negative_prompt")
+    refused = pytest.raises(UserError, match=rf"--search {name} does not go with {setting}")
+    with contextlib.nullcontext() if takes else refused:
+        GenerateConfig(search=name, **given)
 
 
 @pytest.mark.parametrize(
